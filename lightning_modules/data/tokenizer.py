@@ -1,0 +1,101 @@
+"""The tokenizer of a trial: the backbone's own, or a byte-pair one trained on the tasks' texts for ``tiny-encoder``."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lightning_modules.config import TrialConfig
+from lightning_modules.data.tasks import TaskSpec
+
+VERSION = 1
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def tokenizer_key(config: TrialConfig) -> str:
+    """16 hex digits of what decides the token ids: the backbone's content, or the training texts and vocabulary size."""
+    if config.backbone.name == "tiny-encoder":
+        tasks = config.backbone.size.tokenizer_tasks or config.mixture.tasks
+        content = [VERSION, config.backbone.size.vocab_size, [[name, config.digests.get(name)] for name in sorted(tasks)]]
+    else:
+        content = [config.digests.get("backbone", config.backbone.name), config.backbone.revision]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def prepare_tokenizer(config: TrialConfig, specs: Mapping[str, TaskSpec], root: Path) -> Path:
+    """The folder of the trial's tokenizer under ``root``, written if it is not there yet."""
+    folder = root / f"tokenizer-{tokenizer_key(config)}"
+    if not folder.exists():
+        with new_folder(folder) as temporary:
+            if config.backbone.name == "tiny-encoder":
+                tasks = config.backbone.size.tokenizer_tasks or config.mixture.tasks
+                texts = (text for name in sorted(tasks) for text in _texts(specs[name]))
+                tokenizer = train_tokenizer(texts, config.backbone.size.vocab_size)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(config.backbone.name, revision=config.backbone.revision)
+            tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """A tokenizer written by :func:`prepare_tokenizer`."""
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with BERT's special tokens. Unlike WordPiece training it is deterministic
+    (INTEGRATION 5), so the same texts give the same ids everywhere."""
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
+    )
+    names = {f"{name.strip('[]').lower()}_token": name for name in SPECIALS}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **names
+    )
+
+
+def _texts(spec: TaskSpec) -> Iterator[str]:
+    for row in spec.read("train"):
+        if "tokens" in row:
+            yield " ".join(row["tokens"])
+        else:
+            yield row["text"]
+            if row.get("text_pair"):
+                yield row["text_pair"]
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Fill a folder under a temporary name and rename it into place: it is there whole or not at all. Where another
+    process was faster, its folder stays (same name, same content)."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}."))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)  # mkdtemp's 0700 would lock out other users of a shared storage
+        try:
+            os.rename(temporary, final)
+        except OSError:
+            if not final.exists():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
