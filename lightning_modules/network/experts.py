@@ -1,0 +1,75 @@
+"""Experts: upcycled copies of a feed-forward sub-layer, bottleneck adapters, and function-preserving widening.
+
+Every expert is a module with parameters of its own, never a row of a stacked tensor: an expert that a step does not use
+keeps ``grad is None`` and the optimiser leaves it alone.
+Legend: d hidden width, f inner width of the FFN, m bottleneck.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Bottleneck(nn.Module):
+    """``U gelu(D x)`` with biases, D (m, d), U (d, m): the change that an adapter adds to its input x.
+
+    D is drawn from N(0, 0.02), U and the biases are zero, so that the change is zero at the start (Houlsby et al. 2019).
+    """
+
+    def __init__(self, hidden_size: int, bottleneck: int, seed: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(hidden_size, bottleneck)
+        self.up = nn.Linear(bottleneck, hidden_size)
+        with torch.no_grad():
+            self.down.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(seed))
+            for zero in (self.down.bias, self.up.weight, self.up.bias):
+                zero.zero_()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        return self.up(functional.gelu(self.down(hidden)))
+
+
+def upcycle(module: nn.Module, noise: float, seed: int) -> nn.Module:
+    """A trainable copy of ``module`` for use as an expert (sparse upcycling, Komatsuzaki et al. 2022).
+
+    Each parameter tensor gets Gaussian noise of ``noise`` times the tensor's own standard deviation.
+    """
+    expert = copy.deepcopy(module).requires_grad_(True)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in expert.parameters():
+            _perturb(parameter, noise, generator)
+    return expert
+
+
+def widen(up: nn.Linear, down: nn.Linear, multiple: int, noise: float, seed: int) -> tuple[nn.Linear, nn.Linear]:
+    """``multiple`` copies of every hidden unit of ``down(activation(up(x)))``, (f, d) and (d, f) -> (multiple f, d) and
+    (d, multiple f).
+
+    Each copy hands on 1/multiple of the unit's output, so the function stays (Net2Net, Chen et al. 2016). ``noise``,
+    relative to each tensor's standard deviation, lets the copies drift apart; without it they would stay equal.
+    """
+    hidden, width = up.in_features, up.out_features * multiple
+    wide_up = nn.Linear(hidden, width, bias=up.bias is not None)
+    wide_down = nn.Linear(width, down.out_features, bias=down.bias is not None)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        wide_up.weight.copy_(up.weight.repeat(multiple, 1))
+        wide_down.weight.copy_(down.weight.repeat(1, multiple) / multiple)
+        if up.bias is not None:
+            wide_up.bias.copy_(up.bias.repeat(multiple))
+        if down.bias is not None:
+            wide_down.bias.copy_(down.bias)
+        for weight in (wide_up.weight, wide_down.weight):
+            _perturb(weight, noise, generator)
+    # A frozen encoder's FFN is still the encoder's own after widening.
+    trainable = up.weight.requires_grad
+    return wide_up.requires_grad_(trainable), wide_down.requires_grad_(trainable)
+
+
+def _perturb(tensor: Tensor, noise: float, generator: torch.Generator) -> None:
+    scale = noise * tensor.std(correction=0)
+    tensor.add_(torch.randn(tensor.shape, generator=generator) * scale)

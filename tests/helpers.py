@@ -1,0 +1,119 @@
+"""Tiny networks, batches and slow references for the tests of the network."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_modules.config import BackboneConfig, ModelConfig, RouterConfig, TinySizeConfig, TrialConfig
+from lightning_modules.data.batches import Batch, TaskRows
+from lightning_modules.network.dispatch import Combine, Rows
+from lightning_modules.network.model import HeadSpec, MultiTaskNetwork, build_network
+from lightning_modules.network.routers import Routing
+
+VOCAB = 320
+HEADS = (
+    HeadSpec("pets", "classification", 3),
+    HeadSpec("stars", "regression", 1),
+    HeadSpec("names", "tagging", 5),
+    HeadSpec("mood", "classification", 2),
+)
+TINY = BackboneConfig(
+    size=TinySizeConfig(hidden_size=16, num_layers=2, num_heads=2, ffn_size=32, vocab_size=VOCAB), max_length=16, dropout=0.0
+)
+LEARNED = {
+    "top_1": RouterConfig(init_std=1.0, top_k=1),
+    "top_2": RouterConfig(init_std=1.0, top_k=2),
+    "soft": RouterConfig(init_std=1.0, selection="soft"),
+    "soft_cold": RouterConfig(init_std=1.0, selection="soft", temperature=0.3),
+}
+ROUTERS = LEARNED | {"random": RouterConfig(kind="random"), "uniform": RouterConfig(kind="uniform")}
+BOTH_WAYS = {
+    f"{name}-{combine}": replace(router, combine=combine)
+    for name, router in ROUTERS.items()
+    for combine in ("outputs", "parameters")
+}
+
+
+def tiny_network(model: ModelConfig, heads: Sequence[HeadSpec] = HEADS, seed: int = 0) -> MultiTaskNetwork:
+    """A two-block network without dropout."""
+    return build_network(TrialConfig(backbone=TINY, model=model, seed=seed), heads, VOCAB)
+
+
+def shake(network: nn.Module, std: float = 0.3) -> None:
+    """Move every parameter away from its initial value, zeros included, by the same noise each time."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def labels_for(head: HeadSpec, rows: int, words: int, generator: torch.Generator) -> Tensor:
+    """Random labels in the head's form."""
+    if head.kind == "regression":
+        return torch.randn(rows, generator=generator)
+    shape = (rows, words) if head.kind == "tagging" else (rows,)
+    return torch.randint(head.num_labels, shape, generator=generator)
+
+
+def tiny_batch(tasks: Sequence[int], rows: int = 2, width: int = 7, heads: Sequence[HeadSpec] = HEADS) -> Batch:
+    """``rows`` random examples of each task in ``tasks``, of 3 to ``width`` tokens, two tokens to a word."""
+    generator = torch.Generator().manual_seed(1)
+    size = rows * len(tasks)
+    lengths = torch.randint(3, width + 1, (size, 1), generator=generator)
+    lengths[0] = width
+    position = torch.arange(width).expand(size, -1)
+    mask = (position < lengths).long()
+    inside = (position > 0) & (position < lengths - 1)
+    groups = tuple(
+        TaskRows(task, i * rows, (i + 1) * rows, labels_for(heads[task], rows, (width - 1) // 2, generator))
+        for i, task in enumerate(tasks)
+    )
+    ids = torch.randint(5, VOCAB, (size, width), generator=generator) * mask
+    words = torch.where(inside, (position - 1) // 2, -1)
+    return Batch(ids, mask, (position > 3).long() * mask, words, groups)
+
+
+def one_group(batch: Batch, i: int) -> Batch:
+    """The batch that holds only group ``i`` of ``batch``, at the same width."""
+    group = batch.tasks[i]
+    rows = slice(group.start, group.stop)
+    alone = replace(group, start=0, stop=group.stop - group.start)
+    tensors = (batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.word_index)
+    return Batch(*(tensor[rows] for tensor in tensors), (alone,))
+
+
+def wider(batch: Batch, padding: int) -> Batch:
+    """The same examples with ``padding`` more masked positions, filled with an ordinary token."""
+    filled = ((batch.input_ids, 9), (batch.attention_mask, 0), (batch.token_type_ids, 1), (batch.word_index, -1))
+    columns = [torch.cat([tensor, torch.full((len(tensor), padding), fill)], 1) for tensor, fill in filled]
+    return Batch(*columns, batch.tasks)
+
+
+def losses(network: MultiTaskNetwork, batch: Batch) -> Tensor:
+    """Loss of every example of the batch, (B,)."""
+    outputs = network(batch)
+    return torch.cat([network.heads[g.task].loss(out, g.labels) for g, out in zip(batch.tasks, outputs, strict=True)])
+
+
+def mix_reference(experts: nn.ModuleList, routing: Routing, hidden: Tensor, rows: Rows, combine: Combine) -> Tensor:
+    """What :func:`dispatch.mix` means, slowly: every expert takes part in every row, with its weight or zero."""
+    parts = []
+    for r, (_, start, stop) in enumerate(rows):
+        weights, states = routing.weights[r], hidden[start:stop]
+        if combine == "outputs":
+            parts.append(sum(weights[e] * expert(states) for e, expert in enumerate(experts)))
+        else:
+            named = [dict(expert.named_parameters()) for expert in experts]
+            merged = {k: sum(weights[e] * own[k] for e, own in enumerate(named)) for k in named[0]}
+            parts.append(functional_call(experts[0], merged, (states,)))
+    return torch.cat(parts)
+
+
+def assert_only_trains(network: nn.Module, expected: set[str]) -> None:
+    """Exactly the parameters whose names contain one of ``expected`` have a gradient."""
+    trained = {name for name, p in network.named_parameters() if p.grad is not None}
+    wanted = {name for name, _ in network.named_parameters() if any(part in name for part in expected)}
+    assert trained == wanted, f"unexpected: {sorted(trained - wanted)}; without gradient: {sorted(wanted - trained)}"
