@@ -1,0 +1,109 @@
+"""Several workers that train one trial: who they are, how Lightning sees them, and how they add up gradients."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gang:
+    """One worker's place among the workers of its trial."""
+
+    rank: int = 0
+    world_size: int = 1
+    address: str = "127.0.0.1"
+    """Where rank 0 listens."""
+    port: int = 0
+
+
+class GangEnvironment(ClusterEnvironment):
+    """Tells Lightning what the launcher has decided: every worker is a node with one device."""
+
+    def __init__(self, gang: Gang) -> None:
+        self._gang = gang
+
+    @property
+    def creates_processes_externally(self) -> bool:  # noqa: D102
+        return True
+
+    @property
+    def main_address(self) -> str:  # noqa: D102
+        return self._gang.address
+
+    @property
+    def main_port(self) -> int:  # noqa: D102
+        return self._gang.port
+
+    @staticmethod
+    def detect() -> bool:  # noqa: D102
+        return False
+
+    def world_size(self) -> int:  # noqa: D102
+        return self._gang.world_size
+
+    def set_world_size(self, size: int) -> None:  # noqa: D102
+        if size != self._gang.world_size:
+            raise ValueError(f"the gang has {self._gang.world_size} workers, Lightning expects {size}")
+
+    def global_rank(self) -> int:  # noqa: D102
+        return self._gang.rank
+
+    def set_global_rank(self, rank: int) -> None:  # noqa: D102
+        if rank != self._gang.rank:
+            raise ValueError(f"this worker has rank {self._gang.rank}, Lightning expects {rank}")
+
+    def local_rank(self) -> int:  # noqa: D102
+        return 0
+
+    def node_rank(self) -> int:  # noqa: D102
+        return self._gang.rank
+
+
+class GangStrategy(DDPStrategy):
+    """Lightning's DDP without the DistributedDataParallel wrapper.
+
+    The wrapper gives every parameter a gradient bucket, so experts that a step did not use would get zero gradients and
+    AdamW would move them. Here :func:`sum_gradients` adds up only the gradients that exist: idle experts stand still with
+    any number of workers, as they do with one.
+    """
+
+    def configure_ddp(self) -> None:
+        """Leave the module as it is."""
+
+    def __init__(self, gang: Gang) -> None:
+        super().__init__(cluster_environment=GangEnvironment(gang))
+
+
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace each existing gradient by its sum over all workers.
+
+    Every worker holds a slice of every group of the step, so all workers have gradients for the same parameters.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return
+    flat = parameters_to_vector(gradients)
+    dist.all_reduce(flat)
+    vector_to_parameters(flat, gradients)
+
+
+def gather(value: object) -> list[object]:
+    """``value`` of every worker, by rank; ``[value]`` without a gang."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    gathered: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def sum_over_workers(tensor: Tensor) -> Tensor:
+    """The sum over all workers, a new tensor."""
+    total = tensor.clone()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(total)
+    return total

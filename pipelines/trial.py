@@ -1,0 +1,366 @@
+"""One trial: train, score, write the result; resumes its own checkpoint. Runs without Ray (and is all that Ray runs).
+
+``run_trial`` is the whole interface. Every worker of a gang calls it; rank 0 writes the files.
+"""
+
+import fcntl
+import importlib.metadata
+import logging
+import math
+import socket
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_modules.checkpoints import load_newest, save_checkpoint
+from lightning_modules.config import TrialConfig
+from lightning_modules.data.batches import Batch, StepBatches, TaskData, open_tasks
+from lightning_modules.gang import Gang, GangEnvironment, GangStrategy, gather
+from lightning_modules.measure.evaluation import evaluate
+from lightning_modules.measure.routing import measure_routing
+from lightning_modules.multitask import MultiTaskModule
+from lightning_modules.network.model import count_parameters
+from pipelines.store import TrialFolder, TrialResult
+
+Report = Callable[[Mapping[str, Any]], None]
+"""Called by rank 0 with ``{"step": int, "loss": float}`` whenever the trial has logged."""
+
+PACKAGES = ("torch", "lightning", "transformers", "numpy")
+
+
+class TrialBusyError(RuntimeError):
+    """Another process on this machine is training the same trial."""
+
+
+class DivergedError(RuntimeError):
+    """The training loss is no longer a finite number."""
+
+
+def run_trial(
+    config: TrialConfig,
+    folder: TrialFolder,
+    prepared: Path,
+    *,
+    gang: Gang | None = None,
+    report: Report = lambda event: None,
+    threads: int = 1,
+    gpu: bool = False,
+    provenance: Mapping[str, str] | None = None,
+) -> TrialResult | None:
+    """Train ``config`` from its last checkpoint, or from the start, and write its result.
+
+    Args:
+        config: the trial; its data must have been prepared (``lightning_modules.data.batches.prepare``).
+        folder: where its files are. A finished trial is returned as it is.
+        prepared: folder of the prepared data.
+        gang: this worker's place; None for the only worker.
+        report: called by rank 0 at every logging step.
+        threads: CPU threads of this worker. Other numbers of threads sum in another order, so they give other last bits.
+        gpu: train on the first visible GPU instead of the CPU.
+        provenance: ``sweep`` and ``git_sha`` for the result.
+
+    Returns:
+        The result on rank 0, None on the other ranks.
+
+    Raises:
+        DivergedError: the loss became infinite or NaN.
+        TrialBusyError: another process trains this trial.
+    """
+    gang = gang or Gang()
+    torch.set_num_threads(threads)
+    _quiet_lightning()
+    finished = folder.result()
+    if finished is not None:
+        return finished if gang.rank == 0 else None
+    with _only_trainer(folder, gang), _process_group(gang, gpu):
+        return _Trial(config, folder, prepared, gang, report, threads, gpu, provenance or {}).run()
+
+
+def _quiet_lightning() -> None:
+    """Leave the trial's log to what matters: no tips, no hints about things that are as they are on purpose."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.. is deprecated.*")
+
+
+@contextmanager
+def _only_trainer(folder: TrialFolder, gang: Gang) -> Iterator[None]:
+    """Hold the trial's lock while rank 0 trains: a worker that outlived its killed driver must not write beside us."""
+    if gang.rank != 0:
+        yield
+        return
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with (folder.path / ".lock").open("w") as lock:
+        deadline = time.monotonic() + 30.0
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TrialBusyError(f"{folder.path} is being trained by another process on this machine") from None
+                time.sleep(0.5)
+        yield
+
+
+@contextmanager
+def _process_group(gang: Gang, gpu: bool) -> Iterator[None]:
+    if gang.world_size == 1:
+        yield
+        return
+    dist.init_process_group(
+        "nccl" if gpu else "gloo",
+        init_method=f"tcp://{gang.address}:{gang.port}",
+        rank=gang.rank,
+        world_size=gang.world_size,
+        timeout=timedelta(minutes=10),
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class _Steps(Dataset[list[Batch]]):
+    """The steps from ``start`` on, each as the list of its forwards."""
+
+    def __init__(self, batches: StepBatches, start: int, stop: int) -> None:
+        self.batches, self.start, self.stop = batches, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> list[Batch]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.batches.batches(self.start + index)
+
+
+class _Trial(lightning.Callback):
+    """The life of one trial on one worker; as a callback it watches the training step by step."""
+
+    def __init__(
+        self,
+        config: TrialConfig,
+        folder: TrialFolder,
+        prepared: Path,
+        gang: Gang,
+        report: Report,
+        threads: int,
+        gpu: bool,
+        provenance: Mapping[str, str],
+    ) -> None:
+        self.config, self.folder, self.gang, self.report = config, folder, gang, report
+        self.threads, self.gpu, self.provenance = threads, gpu, provenance
+        self.tasks = open_tasks(config, prepared)
+        self.batches = StepBatches(config, self.tasks, gang.rank, gang.world_size)
+        self.module = MultiTaskModule(config, self.tasks, gang)
+        self.device = torch.device("cuda", 0) if gpu else torch.device("cpu")
+        self.resume: dict[str, Any] = {"count": 0, "exact": True, "differences": []}
+        self.started_ms = int(time.time() * 1000)
+        self.seconds_before = 0.0
+        self.state: dict[str, Any] | None = None
+
+    # -- the whole life ------------------------------------------------------------------------------------------------
+
+    def run(self) -> TrialResult | None:
+        """Load, train, score, write."""
+        self.state = self._newest_checkpoint()
+        start = 0
+        if self.state is not None:
+            start = self._continue_from(self.state)
+        self.clock = self.log_clock = time.perf_counter()
+        self.log_step = start
+        if self.gang.rank == 0:
+            self.folder.rewind(start)
+            self.folder.write_status(state="running", step=start, error=None, host=socket.gethostname())
+        if start < self.config.train.steps:
+            self._fit(start)
+        else:
+            assert self.state is not None
+            self.module.network.load_state_dict(self.state["network"])
+        self.state = None
+        return self._finish()
+
+    def _fit(self, start: int) -> None:
+        loader = DataLoader(_Steps(self.batches, start, self.config.train.steps), batch_size=None, collate_fn=lambda step: step)
+        several = self.gang.world_size > 1
+        trainer = lightning.Trainer(
+            accelerator="gpu" if self.gpu else "cpu",
+            devices=1,
+            num_nodes=self.gang.world_size,
+            strategy=GangStrategy(self.gang) if several else "auto",
+            plugins=None if several else [GangEnvironment(self.gang)],
+            precision="bf16-mixed" if self.config.train.precision == "bf16" else "32-true",
+            max_epochs=1,
+            callbacks=[self],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+        )
+        trainer.fit(self.module, loader)
+
+    def _finish(self) -> TrialResult | None:
+        module, config = self.module.to(self.device), self.config
+        splits = {
+            split: evaluate(module.network, config, self.tasks, split, self.gang, self.device) for split in ("dev", "test")
+        }
+        if self.gang.rank != 0:
+            return None
+        result = TrialResult(
+            trial_id=self.folder.trial_id,
+            status="finished",
+            scores={split: evaluation.scores for split, evaluation in splits.items()},
+            undefined={f"{split}/{name}": why for split, e in splits.items() for name, why in e.undefined.items()},
+            primary={task.name: task.metric for task in self.tasks},
+            steps=config.train.steps,
+            seconds=self._seconds(),
+            started_ms=self.started_ms,
+            finished_ms=int(time.time() * 1000),
+            resume=self.resume,
+            params=count_parameters(module.network),
+            data={task.name: self._data_facts(number, task) for number, task in enumerate(self.tasks)},
+            measurements=self._measure_routing(),
+            workers=self.gang.world_size,
+            sweep=self.provenance.get("sweep", ""),
+            host=socket.gethostname(),
+            versions={name: importlib.metadata.version(name) for name in PACKAGES},
+            git_sha=self.provenance.get("git_sha", ""),
+        )
+        self.folder.write_result(result)
+        self.folder.write_status(state="finished", step=result.steps, checkpoint=result.steps)
+        return result
+
+    def _data_facts(self, number: int, task: TaskData) -> dict[str, int]:
+        sizes = {"train": len(self.batches.rows[number]), "dev": task.size("dev"), "test": task.size("test")}
+        return {**sizes, "cut_tokens": task.cut_tokens("train") + task.cut_tokens("test")}
+
+    def _measure_routing(self) -> dict[str, float]:
+        routings = self.module.network.route(torch.arange(len(self.tasks), device=self.device))
+        if not routings:
+            return {}
+        arrays = {f"weights/{layer}": routing.weights.detach().float().cpu().numpy() for layer, routing in routings.items()}
+        self.folder.measurements.mkdir(parents=True, exist_ok=True)
+        arrays["tasks"] = np.array([task.name for task in self.tasks])
+        np.savez(self.folder.measurements / "routing.npz", allow_pickle=False, **arrays)
+        return measure_routing(routings)
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.clock
+
+    # -- resuming ------------------------------------------------------------------------------------------------------
+
+    def _newest_checkpoint(self) -> dict[str, Any] | None:
+        """The checkpoint that rank 0 can read, on every rank."""
+        state, refused = load_newest(self.folder.checkpoints, self.folder.trial_id)
+        if self.gang.rank == 0 and refused:
+            self.folder.write_status(passed_over=refused)
+            print("\n".join(f"checkpoint passed over: {line}" for line in refused), flush=True)
+        steps = gather(None if state is None else state["step"])
+        if len(set(steps)) != 1:
+            raise RuntimeError(f"the workers see different newest checkpoints (steps {steps}); is the storage shared?")
+        return state
+
+    def _continue_from(self, state: dict[str, Any]) -> int:
+        before, now = state["audit"], self._audit(state["step"])
+        differences = [f"{key}: {before[key]} before, {now[key]} now" for key in now if before.get(key) != now[key]]
+        earlier = state["resume"]
+        self.resume = {
+            "count": earlier["count"] + 1,
+            "exact": earlier["exact"] and not differences,
+            "differences": earlier["differences"] + differences,
+        }
+        self.started_ms, self.seconds_before = state["started_ms"], state["seconds"]
+        return state["step"]
+
+    def _audit(self, step: int) -> dict[str, Any]:
+        """What must be the same when the trial goes on for its numbers to be the same to the bit."""
+        return {
+            "next_batch": self.batches.digest(step),
+            "workers": self.gang.world_size,
+            "threads": self.threads,
+            "device": torch.cuda.get_device_name(0) if self.gpu else "cpu",
+            "torch": str(torch.__version__),
+        }
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Put the checkpoint back (Lightning has made the optimiser by now)."""
+        if self.state is None:
+            return
+        self.module.network.load_state_dict(self.state["network"])
+        trainer.optimizers[0].load_state_dict(self.state["optimizer"])
+        trainer.lr_scheduler_configs[0].scheduler.load_state_dict(self.state["scheduler"])
+        losses = self.state["losses"]
+        if len(losses) == self.gang.world_size:
+            self.module.losses.load(losses[self.gang.rank])
+        elif self.gang.rank == 0:
+            self.module.losses.load(torch.stack(losses).sum(0))
+        self.module.completed = self.state["step"]
+
+    # -- step by step --------------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log, score and checkpoint when they are due."""
+        step, train = self.module.completed, self.config.train
+        if step % train.log_every == 0 or step == train.steps:
+            self._log(step)
+        if train.eval_every and step % train.eval_every == 0 and step < train.steps:
+            self._log_scores(step)
+        if step % train.checkpoint_every == 0 or step == train.steps:
+            self._checkpoint(trainer, step)
+
+    def _log(self, step: int) -> None:
+        values = self.module.losses.read(self.module.task_names)
+        if not math.isfinite(values["train/loss"]):
+            raise DivergedError(
+                f"train/loss is {values['train/loss']} at step {step}; a smaller train.lr or train.clip may help"
+            )
+        if self.gang.rank != 0:
+            return
+        now = time.perf_counter()
+        per_step = (now - self.log_clock) / max(1, step - self.log_step)
+        self.log_clock, self.log_step = now, step
+        values |= {"time/step_s": per_step, "time/examples_per_s": self.config.mixture.batch_size / per_step}
+        self._append(step, values)
+        self.report({"step": step, "loss": values["train/loss"]})
+
+    def _log_scores(self, step: int) -> None:
+        evaluation = evaluate(self.module.network, self.config, self.tasks, "dev", self.gang, self.device)
+        flat = {f"score/dev/{t}/{m}": v for t, scores in evaluation.scores.items() for m, v in scores.items() if v is not None}
+        if self.gang.rank == 0:
+            self._append(step, flat)
+
+    def _append(self, step: int, values: Mapping[str, float]) -> None:
+        self.folder.append([{"t": int(time.time() * 1000), "step": step, "values": dict(values)}])
+
+    def _checkpoint(self, trainer: lightning.Trainer, step: int) -> None:
+        losses = gather(self.module.losses.state())
+        if self.gang.rank != 0:
+            return
+        state = {
+            "network": self.module.network.state_dict(),
+            "optimizer": trainer.optimizers[0].state_dict(),
+            "scheduler": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
+            "losses": losses,
+            "resume": self.resume,
+            "seconds": self._seconds(),
+            "started_ms": self.started_ms,
+            "audit": self._audit(step),
+        }
+        save_checkpoint(self.folder.checkpoints, self.folder.trial_id, step, state)
+        self.folder.write_status(state="running", step=step, checkpoint=step)
