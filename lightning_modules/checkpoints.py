@@ -3,7 +3,7 @@
 import os
 import pickle
 import re
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,15 @@ def save_checkpoint(folder: Path, trial_id: str, step: int, state: dict[str, Any
     """Write ``state`` (tensors and plain values only) as the checkpoint of ``step``, then drop the oldest."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step_{step:09d}.pt"
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".step_")
+    temporary = folder / f".{final.name}.{uuid.uuid4().hex}"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             torch.save({"trial_id": trial_id, "step": step, **state}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, final)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     descriptor = os.open(folder, os.O_RDONLY)
     os.fsync(descriptor)

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lightning_modules.config import AdapterMoEConfig, DenseConfig
 from pipelines.stats import sd
 from pipelines.store import sync_folder, write_atomic
 from pipelines.transfer import LOWER_IS_BETTER, Cell, Comparison, Estimate, Summary, metric_range, write_csv
@@ -194,7 +195,7 @@ def figures(comparison: Comparison) -> dict[str, tuple[str, Figure]]:
         made["mean_gain"] = ("Mean gain over all tasks", _mean_gain(comparison))
     if any(e.interval for s in comparison.summaries for e in s.categories.values()) and len(_categories(comparison)) > 1:
         made["gains_by_category"] = ("Gain by category of task", _by_category(comparison))
-    counts = {_experts(summary) for summary in comparison.summaries if _experts(summary) > 1}
+    counts = {_experts(summary, comparison) for summary in comparison.summaries} - {1}
     if len(counts) > 1 and any(summary.mean_gain.interval for summary in comparison.summaries):
         made["gains_by_num_experts"] = ("Gain against the number of experts", _against_experts(comparison))
     return made
@@ -208,8 +209,17 @@ def _categories(comparison: Comparison) -> list[str]:
     return sorted(first, key=lambda name: first[name])
 
 
-def _experts(summary: Summary) -> int:
-    return getattr(summary.config.model, "num_experts", 1)
+def _experts(summary: Summary, comparison: Comparison) -> int:
+    """Number of experts, or for a parameter-matched baseline the number whose parameters it has; 1 for dense."""
+    model = summary.config.model
+    if summary.role != "parameter_matched":
+        return 1 if isinstance(model, DenseConfig) else model.num_experts
+    if isinstance(model, DenseConfig):
+        return model.ffn_multiple
+    candidates = [s.config.model for s in comparison.summaries if s.role == "candidate"]
+    width = model.bottleneck if isinstance(model, AdapterMoEConfig) else 0
+    same = [m.num_experts for m in candidates if isinstance(m, AdapterMoEConfig) and m.num_experts * m.bottleneck == width]
+    return same[0] if same else model.num_experts
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
@@ -409,10 +419,10 @@ def _against_experts(comparison: Comparison) -> Figure:
     and number of experts stand side by side."""
     factor, unit = _unit_of(comparison)
     panels = ["", *(_categories(comparison) if len(_categories(comparison)) > 1 else [])]
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     figure = Figure(figsize=(3.3 * columns + 1.2, 2.6 * -(-len(panels) // columns) + 0.6), layout="constrained")
     grid = figure.subplots(-(-len(panels) // columns), columns, sharey=True, squeeze=False)
-    counts = sorted({_experts(summary) for summary in comparison.summaries})
+    counts = sorted({_experts(summary, comparison) for summary in comparison.summaries})
     names = list(dict.fromkeys(_series(summary, comparison) for summary in _ordered(comparison)))
     for i, axes in enumerate(grid.flat):
         axes.set_visible(i < len(panels))
@@ -435,7 +445,7 @@ def _against_experts(comparison: Comparison) -> Figure:
         _plain(axes)
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(5, len(labels)), frameon=False, fontsize=9)
-    figure.supxlabel("number of experts (dense: 1)", fontsize=9)
+    figure.supxlabel("number of experts (dense: 1; parameter-matched: the number that it matches)", fontsize=9)
     figure.supylabel(f"mean gain ({unit})", fontsize=9)
     return figure
 
@@ -446,7 +456,7 @@ def _experts_series(
     members = [summary for summary in comparison.summaries if _series(summary, comparison) == name]
     nothing = Estimate(interval=None)
     for place in counts:
-        same = [summary for summary in members if _experts(summary) == place]
+        same = [summary for summary in members if _experts(summary, comparison) == place]
         for i, summary in enumerate(same):
             estimate = summary.mean_gain if category is None else summary.categories.get(category, nothing)
             at = counts.index(place) + shift + 0.05 * (i - (len(same) - 1) / 2)

@@ -80,7 +80,7 @@ def _ray(launch: Launch) -> Iterator[None]:
     if launch.address:
         ray.init(address=launch.address, **options)
     else:
-        ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **options)
+        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **options)
     signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts in one of its own, which aborts the driver
     try:
         yield

@@ -8,6 +8,7 @@ trial's end to the next one's, less the latter's own seconds. The first trial al
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -23,7 +24,6 @@ import yaml
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
 
 from lightning_modules.data.batches import prepare
 from pipelines.plan import Plan, make_plan
@@ -77,8 +77,7 @@ def ours(plan: Plan, storage: Path, prepared: Path) -> tuple[float, list[float]]
     results = sorted((result for folder in trials if (result := folder.result())), key=lambda r: r.finished_ms)
     assert len(results) == len(trials), "a trial failed"
     first = results[0].finished_ms / 1000 - begun - results[0].seconds
-    pairs = zip(results, results[1:], strict=False)
-    return first, [(b.finished_ms - a.finished_ms) / 1000 - b.seconds for a, b in pairs]
+    return first, [(b.finished_ms - a.finished_ms) / 1000 - b.seconds for a, b in itertools.pairwise(results)]
 
 
 def fresh_processes(plan: Plan, storage: Path, prepared: Path) -> list[float]:
@@ -86,7 +85,9 @@ def fresh_processes(plan: Plan, storage: Path, prepared: Path) -> list[float]:
     extra = []
     for folder in folders(plan, storage):
         begun = time.perf_counter()
-        subprocess.run([sys.executable, "-c", ONE_TRIAL, str(storage), folder.trial_id, str(prepared)], check=True, cwd=REPOSITORY)
+        subprocess.run(
+            [sys.executable, "-c", ONE_TRIAL, str(storage), folder.trial_id, str(prepared)], check=True, cwd=REPOSITORY
+        )
         result = folder.result()
         assert result is not None, "a trial failed"
         extra.append(time.perf_counter() - begun - result.seconds)
