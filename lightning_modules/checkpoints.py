@@ -1,13 +1,13 @@
 """Checkpoints as transactions: written aside, synced, renamed; a torn or foreign one is passed over for the one before."""
 
-import os
 import pickle
 import re
-import uuid
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from lightning_modules.files import atomic_file
 
 KEEP = 2
 """Checkpoints kept: the last, and the one before in case the last is torn."""
@@ -15,21 +15,9 @@ KEEP = 2
 
 def save_checkpoint(folder: Path, trial_id: str, step: int, state: dict[str, Any]) -> Path:
     """Write ``state`` (tensors and plain values only) as the checkpoint of ``step``, then drop the oldest."""
-    folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step_{step:09d}.pt"
-    temporary = folder / f".{final.name}.{uuid.uuid4().hex}"
-    try:
-        with temporary.open("xb") as file:
-            torch.save({"trial_id": trial_id, "step": step, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, final)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    with atomic_file(final, "wb") as file:
+        torch.save({"trial_id": trial_id, "step": step, **state}, file)
     for old in list_checkpoints(folder)[KEEP:]:
         old.unlink(missing_ok=True)
     return final

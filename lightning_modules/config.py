@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -108,8 +109,8 @@ class RouterConfig:
 
     kind: Literal["task", "random", "uniform"] = "task"
     """``task``: one learned logit vector per task and layer, softmax over experts.
-    ``random``: a fixed random expert per task and layer, drawn from the seed (a buffer, never trained).
-    ``uniform``: weight 1/E for every expert, always (average routing)."""
+    ``random``: a fixed random expert per task and layer, drawn from the seed (a buffer, never trained): top-1.
+    ``uniform``: weight 1/E for every expert, always (average routing): soft."""
     selection: Literal["top_k", "soft"] = "top_k"
     """``top_k``: only the k most probable experts run. ``soft``: all experts, weighted by their probability."""
     top_k: int = 1
@@ -139,7 +140,15 @@ class RouterConfig:
                 "must be positive for a learned top_k router: equal logits send every task to the same expert",
             )
         if self.kind != "task":
-            _require(self.mutual_information == 0, "mutual_information", f"needs a learned router, got kind={self.kind!r}")
+            self._check_fixed()
+
+    def _check_fixed(self) -> None:
+        """A fixed router has nothing to learn, and its kind says how many experts it weighs."""
+        for name, default in (("mutual_information", 0.0), ("temperature", 1.0), ("init_std", 0.02), ("lr_scale", 10.0)):
+            value = getattr(self, name)
+            _require(value == default, name, f"applies to kind: task only, got kind={self.kind!r}, {name}={value}")
+        object.__setattr__(self, "selection", "soft" if self.kind == "uniform" else "top_k")
+        object.__setattr__(self, "top_k", 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,7 +158,8 @@ class DenseConfig:
     family: Literal["dense"] = "dense"
     ffn_multiple: int = 1
     """Widen the feed-forward sub-layers of ``layers`` to this multiple, keeping the function they compute at the start:
-    the parameter-matched control of a ``task_moe`` with as many experts."""
+    the parameter-matched control of a ``task_moe`` with as many experts. Above 1 they train even in a frozen backbone, as
+    experts do."""
     layers: tuple[int, ...] = ()
     """Blocks that are widened, 0-based; empty: all."""
 
@@ -199,6 +209,8 @@ class AdapterMoEConfig:
 
 
 ModelConfig = DenseConfig | TaskMoEConfig | AdapterMoEConfig
+BACKBONES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
+"""Architectures (Hugging Face's ``model_type``) whose feed-forward sub-layers we know how to reach."""
 FAMILIES: dict[str, type] = {"dense": DenseConfig, "task_moe": TaskMoEConfig, "adapter_moe": AdapterMoEConfig}
 
 
@@ -231,7 +243,7 @@ class MixtureConfig:
     examples of one task, of similar length."""
     batching: Literal["single_task", "mixed"] = "single_task"
     """``single_task``: one forward and backward per group, gradients accumulated. ``mixed``: all groups of a step in one
-    forward, rows sorted by task. Same examples, same gradients."""
+    forward, rows sorted by task. Same examples and, dropout aside, the same gradients."""
     sampling: Literal["proportional", "temperature", "uniform", "capped"] = "temperature"
     """Share of task t: n_t (proportional), n_t^(1/temperature), equal (uniform), or min(n_t, cap) (capped)."""
     temperature: float = 2.0
@@ -250,6 +262,11 @@ class MixtureConfig:
             f"got batch_size={self.batch_size}, tasks_per_step={self.tasks_per_step}",
         )
         _require(self.temperature > 0, "temperature", f"must be positive, got {self.temperature}")
+        _require(
+            self.sampling == "temperature" or self.temperature == 2.0,
+            "temperature",
+            f"applies to sampling: temperature only, got sampling={self.sampling!r}, temperature={self.temperature}",
+        )
         if self.sampling == "capped":
             _require(self.cap is not None and self.cap >= 1, "cap", f"must be at least 1 for sampling: capped, got {self.cap}")
         else:
@@ -448,6 +465,7 @@ def build(cls: Any, value: Any, key: str = "") -> Any:
         return value
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
     _require(type(value) is cls, key, f"must be {names[cls]}, got {value!r}")
+    _require(cls is not float or math.isfinite(value), key, f"must be finite, got {value!r}")
     return value
 
 
@@ -462,7 +480,7 @@ def _build_union(options: tuple[Any, ...], value: Any, key: str) -> Any:
             raise ConfigError(key, f"must be a mapping, got {value!r}")
         family = value.get("family", "dense")
         path = f"{key}.family" if key else "family"
-        _require(family in FAMILIES, path, f"must be one of {', '.join(FAMILIES)}, got {family!r}")
+        _require(isinstance(family, str) and family in FAMILIES, path, f"must be one of {', '.join(FAMILIES)}, got {family!r}")
         return _build_dataclass(FAMILIES[family], value, key)
     errors = []
     for option in options:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_modules.config import ConfigError, TrialConfig, build, flatten, to_plain
+from lightning_modules.config import ConfigError, TrialConfig, flatten, to_plain
 from lightning_modules.data.tasks import TaskSpec, load_catalogues
 from pipelines.axes import Point, is_trial_key, show_axes, show_value
 from pipelines.baselines import single_task, whole_mixture
@@ -85,19 +85,6 @@ class Plan:
             "cost": to_plain(self.cost),
         }
         return json.dumps(content, indent=1)
-
-
-def trials_from_json(text: str) -> tuple[tuple[PlannedTrial, ...], dict[str, PlannedTask]]:
-    """The trials and tasks that :meth:`Plan.to_json` wrote: enough for a comparison without the sweep's file or data.
-
-    Raises:
-        ConfigError: another version wrote a trial's configuration and it no longer fits.
-    """
-    content = json.loads(text)
-    for row in content["trials"]:
-        row |= {"config": build(TrialConfig, row["config"], row["trial_id"]), "uses": tuple(map(tuple, row["uses"]))}
-    trials = tuple(PlannedTrial(**row) for row in content["trials"])
-    return trials, {row["name"]: PlannedTask(**row) for row in content["tasks"]}
 
 
 @dataclass(slots=True)

@@ -4,15 +4,17 @@ Everything a plan needs to know of the data is read once per plan here, and ever
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lightning_modules.config import BackboneConfig, ConfigError, TrialConfig
+from lightning_modules.config import BACKBONES, BackboneConfig, ConfigError, TrialConfig
 from lightning_modules.data.mixtures import task_shares
 from lightning_modules.data.tasks import TaskSpec, check, select
 
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
     "merges.txt", "*.model",
@@ -49,6 +51,8 @@ class Resolver:
         names = select(self.specs, config.mixture.tasks, "trial.mixture.tasks")
         mixture = replace(config.mixture, tasks=tuple(names), low_resource=self._low_resource(config, names))
         backbone, digests = self._backbone(config.backbone, names)
+        if not digests.get("backbone", "hub:").startswith("hub:"):
+            check_architecture(backbone, config.model.layers)
         for name in sorted({*names, *backbone.size.tokenizer_tasks}):
             self._read(name)
             digests[name] = self._digests[name]
@@ -126,7 +130,10 @@ def locate_backbone(config: BackboneConfig) -> tuple[BackboneConfig, str]:
     Raises:
         ConfigError: no such folder, a folder without a model, or a Hub id without a commit.
     """
-    folder = Path(config.name).expanduser()
+    try:
+        folder = Path(config.name).expanduser()
+    except RuntimeError as error:
+        raise ConfigError("trial.backbone.name", f"{error}, got {config.name!r}") from None
     if folder.is_dir():
         if config.revision is not None:
             raise ConfigError("trial.backbone.revision", f"must be null for a folder, got {config.revision!r}")
@@ -142,9 +149,34 @@ def locate_backbone(config: BackboneConfig) -> tuple[BackboneConfig, str]:
     return config, f"hub:{config.name}@{config.revision}"
 
 
+def check_architecture(config: BackboneConfig, layers: tuple[int, ...]) -> None:
+    """What a folder's ``config.json`` says must fit the trial: a known architecture, blocks and positions enough.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    file = Path(config.name) / "config.json"
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError("trial.backbone.name", f"{file} is not valid JSON: {error}") from None
+    kind = content.get("model_type")
+    if kind not in BACKBONES:
+        raise ConfigError("trial.backbone.name", f"must be one of {', '.join(BACKBONES)}, got model_type {kind!r} in {file}")
+    blocks = content.get("num_hidden_layers", content.get("n_layers"))
+    if isinstance(blocks, int) and layers and max(layers) >= blocks:
+        raise ConfigError("trial.model.layers", f"must be below the backbone's {blocks} blocks, got {list(layers)}")
+    positions = content.get("max_position_embeddings")
+    if isinstance(positions, int) and config.max_length > positions:
+        raise ConfigError("trial.backbone.max_length", f"must be at most the backbone's {positions}, got {config.max_length}")
+
+
 def _folder_digest(folder: Path) -> str:
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise ConfigError("trial.backbone.name", f"must be a folder with config.json and *.safetensors, got {folder}")
+    if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
+        law = f"must be a folder with a tokenizer ({', '.join(_VOCABULARIES)}), got {folder}"
+        raise ConfigError("trial.backbone.name", law)
     patterns = ("config.json", *_TOKENIZER_FILES, "*.safetensors")
     content = hashlib.sha256()
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):

@@ -68,9 +68,21 @@ def run_trials(trial_ids: Sequence[str], launch: Launch) -> None:
         _check_cluster(launch.resources)
         scratch = launch.storage / ".tune" / f"{launch.sweep}-{int(time.time() * 1000)}"
         try:
-            _tuner(trial_ids, launch, scratch).fit()
+            grid = _tuner(trial_ids, launch, scratch).fit()
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+    errors = {result.config["trial_id"]: result.error for result in grid if result.config and result.error}
+    for trial_id in trial_ids:
+        _tell_lost(TrialFolder(launch.storage, trial_id), errors.get(trial_id))
+
+
+def _tell_lost(folder: TrialFolder, error: Exception | None) -> None:
+    """A trial that neither finished nor said why it failed has lost its actor (killed, out of memory, node gone)."""
+    if folder.result() is not None or folder.status().get("state") == "failed":
+        return
+    lines = str(error or "Ray gave no reason").strip().splitlines()
+    told = {"type": type(error).__name__ if error else "Lost", "message": lines[-1], "traceback": "\n".join(lines[-40:])}
+    folder.write_status(state="failed", error=told)
 
 
 @contextlib.contextmanager
@@ -126,7 +138,7 @@ class TrialActor(tune.Trainable):
     """A slot: runs one trial after another, each as the gang of forked workers that its placement group holds."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Start the fork server."""
+        """Nothing runs yet: the fork server starts with the first trial."""
         self.pool = WorkerPool()
         self.gang: _Gang | None = None
         self.others: list[Any] = []

@@ -41,7 +41,7 @@ class ResourcesConfig:
     cpus: int = 1
     """CPU cores per worker."""
     gpus: float = 0.0
-    """GPUs per worker; a fraction lets several trials share one GPU."""
+    """GPUs per worker, at most one; a fraction lets several trials share one."""
     max_concurrent: int | Literal["auto"] = "auto"
     """Trials that run at the same time; ``auto``: as many as fit."""
 
@@ -50,7 +50,7 @@ class ResourcesConfig:
             _require(getattr(self, name) >= 1, name, f"must be at least 1, got {getattr(self, name)}")
         _require(self.gpus >= 0, "gpus", f"must not be negative, got {self.gpus}")
         whole = self.gpus == int(self.gpus)
-        _require(self.gpus < 1 or whole, "gpus", f"must be a fraction below 1 or a whole number, got {self.gpus}")
+        _require(self.gpus <= 1, "gpus", f"must be at most 1 (a worker trains on one GPU; workers adds more), got {self.gpus}")
         _require(
             self.workers == 1 or whole,
             "gpus",
@@ -104,7 +104,7 @@ class SweepConfig:
         _require(self.retries >= 0, "retries", f"must not be negative, got {self.retries}")
         _require(len(set(self.baselines)) == len(self.baselines), "baselines", f"must differ, got {list(self.baselines)}")
         if isinstance(self.seeds, int):
-            _require(self.seeds >= 1, "seeds", f"must be at least 1, or a list of seeds, got {self.seeds}")
+            _require(1 <= self.seeds <= 1000, "seeds", f"must be in 1..1000, or a list of seeds, got {self.seeds}")
         else:
             distinct = len(set(self.seeds)) == len(self.seeds) > 0 and min(self.seeds) >= 0
             _require(distinct, "seeds", f"must be different numbers from 0, at least one, got {list(self.seeds)}")

@@ -7,7 +7,6 @@ These files are the truth; MLflow is a view of them.
 
 import json
 import os
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import yaml
 
 from lightning_modules.config import TrialConfig, build, to_plain
+from lightning_modules.files import atomic_file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +33,8 @@ class TrialResult:
     """task -> the metric that its comparison uses."""
     steps: int
     seconds: float
-    """Wall seconds of training and scoring, over all attempts, start-up excluded."""
+    """Wall seconds of training and scoring that led to the result, start-up excluded: over all attempts, without what an
+    attempt did after its last checkpoint and lost."""
     started_ms: int
     finished_ms: int
     """Unix milliseconds; the finish time stamps the final points in MLflow."""
@@ -53,29 +54,10 @@ class TrialResult:
     git_sha: str = ""
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a machine that dies, sees the old or the new content, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("x") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename inside ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    with atomic_file(path) as file:
+        file.write(text)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -117,7 +99,7 @@ class TrialFolder:
 
     def write_config(self, config: TrialConfig) -> None:
         """Write ``config.yaml``, from which workers read what they are to train."""
-        write_atomic(self.path / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
+        write_text(self.path / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
 
     def read_config(self) -> TrialConfig:
         """The configuration that :meth:`write_config` wrote.
@@ -137,7 +119,7 @@ class TrialFolder:
 
     def write_result(self, result: TrialResult) -> None:
         """Write ``result.json``: the trial is finished when it is there."""
-        write_atomic(self.path / "result.json", json.dumps(asdict(result), indent=1, sort_keys=True, allow_nan=False))
+        write_text(self.path / "result.json", json.dumps(asdict(result), indent=1, sort_keys=True, allow_nan=False))
 
     def status(self) -> dict[str, Any]:
         """``state`` (new / running / retrying / interrupted / failed / finished), ``checkpoint`` (its step), ``error``...;
@@ -146,7 +128,7 @@ class TrialFolder:
 
     def write_status(self, **changes: Any) -> None:
         """Change some entries of ``status.json``; only one process at a time writes a trial's status."""
-        write_atomic(self.path / "status.json", json.dumps({**self.status(), **changes}, indent=1))
+        write_text(self.path / "status.json", json.dumps({**self.status(), **changes}, indent=1))
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Append journal rows ``{"t": unix ms, "step": int, "values": {metric: float}}``."""
@@ -172,4 +154,4 @@ class TrialFolder:
         """Drop the journal's rows after ``step``: a resumed trial writes them again."""
         kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
         if self.journal.exists():
-            write_atomic(self.journal, "".join(kept))
+            write_text(self.journal, "".join(kept))

@@ -23,7 +23,7 @@ from lightning_modules.config import ConfigError, flatten
 from pipelines.cost import check_resources, local_resources
 from pipelines.plan import Plan, PlannedTrial, describe, make_plan
 from pipelines.spec import SweepConfig, SweepError, load_sweep
-from pipelines.store import TrialFolder, TrialResult, write_atomic
+from pipelines.store import TrialFolder, TrialResult, write_text
 
 if TYPE_CHECKING:
     from pipelines.tracking import Tracker
@@ -80,6 +80,9 @@ def _load(options: argparse.Namespace) -> tuple[SweepConfig, Plan, Path]:
             "--storage", f"must be a folder that all workers see; object stores are not supported yet, got {options.storage}"
         )
     storage = Path(options.storage).resolve()
+    existing = next(path for path in (storage, *storage.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError("--storage", f"must be a folder that can be written to, got {options.storage} ({existing})")
     sweep = load_sweep(Path(options.sweep), options.overrides)
     if not options.address:
         check_resources(sweep, local_resources())
@@ -143,8 +146,9 @@ class _Command:
     def _write_plan(self) -> None:
         if self.options.fresh:
             for folder in self.folders.values():
-                shutil.rmtree(folder.path, ignore_errors=True)
-        write_atomic(self.folder / "plan.json", self.plan.to_json())
+                if folder.path.exists():
+                    shutil.rmtree(folder.path)
+        write_text(self.folder / "plan.json", self.plan.to_json())
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -158,7 +162,8 @@ class _Command:
         for trial in pending:
             folder = self.folders[trial.trial_id]
             folder.write_config(trial.config)
-            folder.write_status(state="new", error=None)
+            if folder.status().get("state") not in ("running", "retrying"):  # else another sweep may be training it now
+                folder.write_status(state="new", error=None)
         from pipelines.runner import Launch, run_trials
 
         launch = Launch(
@@ -197,11 +202,12 @@ class _Command:
     # -- comparing -----------------------------------------------------------------------------------------------------
 
     def _conclude(self, tracker: "Tracker", uri: str) -> int:
-        from pipelines import report, transfer
+        from pipelines import report, transfer, wording
 
         results = {t: r for t, folder in self.folders.items() if (r := folder.result()) is not None}
         failures = self._failures(results)
         comparison = transfer.compare(self.plan.trials, results, self.plan.tasks, failures=failures)
+        transfer.write_scores(self.folder / "scores.csv", results.values())
         facts = report.SweepFacts(
             name=self.sweep.name,
             question=self.sweep.question,
@@ -209,8 +215,8 @@ class _Command:
             command=self._command_line(),
         )
         page = report.write_report(self.folder, comparison, facts)
-        report.print_comparison(self.console, comparison)
-        self._track(tracker, comparison, results, failures)
+        wording.print_comparison(self.console, comparison)
+        tracked = self._track(tracker, comparison, results, failures)
         missing = [t for t in self.plan.trials if t.trial_id not in results]
         self._say(f"report: {page}")
         self._say(f"MLflow: mlflow ui --backend-store-uri {uri}")
@@ -219,7 +225,9 @@ class _Command:
             for trial in missing:
                 why = failures.get(trial.trial_id, "not finished")
                 self._say(f"  {trial.trial_id}: {why} (log: {self.folders[trial.trial_id].log})")
-        return 1 if missing and not self.options.report and not self.options.track_again else 0
+        if self.options.track_again:
+            return 0 if tracked else 1
+        return 1 if missing and not self.options.report else 0
 
     def _failures(self, results: Mapping[str, TrialResult]) -> dict[str, str]:
         reasons = {}
@@ -236,7 +244,8 @@ class _Command:
 
     def _track(
         self, tracker: "Tracker", comparison: "Comparison", results: Mapping[str, TrialResult], failures: Mapping[str, str]
-    ) -> None:
+    ) -> bool:
+        """Bring MLflow up to date; False, with a warning, where it could not be reached."""
         from pipelines.tracking import TrackingError
 
         try:
@@ -253,6 +262,8 @@ class _Command:
             self._say(
                 f"warning: MLflow: {error}; nothing is lost: run the command again, or with --track-again, when it is back"
             )
+            return False
+        return True
 
 
 @contextlib.contextmanager

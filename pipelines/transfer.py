@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from lightning_modules.config import TrialConfig
 from pipelines.stats import Interval, sd, t_interval
-from pipelines.store import TrialResult, write_atomic
+from pipelines.store import TrialResult, write_text
 
 Verdict = Literal["helped", "hurt", "unclear", "pending"]
 SINGLE_TASK = "single_task"
@@ -519,4 +519,13 @@ def write_csv(path: Path, comparison: Comparison) -> None:
     writer.writeheader()
     for row in to_rows(comparison):
         writer.writerow({key: format(value, ".10g") if isinstance(value, float) else value for key, value in row.items()})
-    write_atomic(path, text.getvalue())
+    write_text(path, text.getvalue())
+
+
+def write_scores(path: Path, results: Iterable[TrialResult]) -> None:
+    """Write ``scores.csv``, the long table: every score of every finished trial, empty where it is undefined."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(Row._fields)
+    writer.writerows(long_table(results))
+    write_text(path, text.getvalue())

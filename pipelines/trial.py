@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_modules.checkpoints import load_newest, save_checkpoint
 from lightning_modules.config import TrialConfig
 from lightning_modules.data.batches import Batch, StepBatches, TaskData, open_tasks
+from lightning_modules.data.tasks import SPLITS
 from lightning_modules.gang import Gang, GangEnvironment, GangStrategy, gather
 from lightning_modules.measure.evaluation import evaluate
 from lightning_modules.measure.routing import measure_routing
@@ -35,11 +36,10 @@ from pipelines.store import TrialFolder, TrialResult
 Report = Callable[[Mapping[str, Any]], None]
 """Called by rank 0 with ``{"step": int, "loss": float}`` whenever the trial has logged."""
 
+GANG_TIMEOUT = timedelta(minutes=30)
+"""How long workers of a gang wait for each other, rank 0's wait for a trial that another process trains included."""
+
 PACKAGES = ("torch", "lightning", "transformers", "numpy")
-
-
-class TrialBusyError(RuntimeError):
-    """Another process on this machine is training the same trial."""
 
 
 class DivergedError(RuntimeError):
@@ -74,15 +74,14 @@ def run_trial(
 
     Raises:
         DivergedError: the loss became infinite or NaN.
-        TrialBusyError: another process trains this trial.
     """
     gang = gang or Gang()
     torch.set_num_threads(threads)
     _quiet_lightning()
-    finished = folder.result()
-    if finished is not None:
-        return finished if gang.rank == 0 else None
     with _only_trainer(folder, gang), _process_group(gang, gpu):
+        finished = folder.result()  # only now: rank 0 may have waited for another process to finish it
+        if gather(finished is not None)[0]:
+            return finished if gang.rank == 0 else None
         return _Trial(config, folder, prepared, gang, report, threads, gpu, provenance or {}).run()
 
 
@@ -95,21 +94,18 @@ def _quiet_lightning() -> None:
 
 @contextmanager
 def _only_trainer(folder: TrialFolder, gang: Gang) -> Iterator[None]:
-    """Hold the trial's lock while rank 0 trains: a worker that outlived its killed driver must not write beside us."""
+    """Hold the trial's lock while rank 0 trains, and wait for it if another process on this machine has it: another sweep that
+    needs the same trial, or a worker that has outlived its killed driver, must not write beside us."""
     if gang.rank != 0:
         yield
         return
     folder.path.mkdir(parents=True, exist_ok=True)
     with (folder.path / ".lock").open("w") as lock:
-        deadline = time.monotonic() + 30.0
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise TrialBusyError(f"{folder.path} is being trained by another process on this machine") from None
-                time.sleep(0.5)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder.trial_id} is being trained by another process; waiting for it", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -123,7 +119,7 @@ def _process_group(gang: Gang, gpu: bool) -> Iterator[None]:
         init_method=f"tcp://{gang.address}:{gang.port}",
         rank=gang.rank,
         world_size=gang.world_size,
-        timeout=timedelta(minutes=10),
+        timeout=GANG_TIMEOUT,
     )
     try:
         yield
@@ -246,7 +242,7 @@ class _Trial(lightning.Callback):
 
     def _data_facts(self, number: int, task: TaskData) -> dict[str, int]:
         sizes = {"train": len(self.batches.rows[number]), "dev": task.size("dev"), "test": task.size("test")}
-        return {**sizes, "cut_tokens": task.cut_tokens("train") + task.cut_tokens("test")}
+        return {**sizes, "cut_tokens": sum(task.cut_tokens(split) for split in SPLITS)}
 
     def _measure_routing(self) -> dict[str, float]:
         routings = self.module.network.route(torch.arange(len(self.tasks), device=self.device))

@@ -9,8 +9,8 @@ from helpers import TINY, VOCAB, tiny_batch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel, GPT2Config, GPT2Model, PreTrainedModel
 
-from lightning_modules.config import BackboneConfig, ConfigError
-from lightning_modules.network.backbones import SUPPORTED, Encoder, load_backbone, seams_at
+from lightning_modules.config import BACKBONES, BackboneConfig, ConfigError
+from lightning_modules.network.backbones import Encoder, load_backbone, seams_at
 
 WITH_SEGMENTS = ("bert", "electra")
 SIZES = {
@@ -52,7 +52,7 @@ class Scaled(nn.Module):
         return hidden * scales[:, None, None]
 
 
-@pytest.mark.parametrize("architecture", SUPPORTED)
+@pytest.mark.parametrize("architecture", BACKBONES)
 def test_untouched_seams_compute_what_the_plain_model_computes(architecture: str) -> None:
     model = plain_model(architecture).eval()
     batch = tiny_batch([0, 1])
@@ -66,7 +66,7 @@ def test_untouched_seams_compute_what_the_plain_model_computes(architecture: str
     assert len(encoder.seams()) == 2 and hidden.shape[-1] == encoder.hidden_size
 
 
-@pytest.mark.parametrize("architecture", SUPPORTED)
+@pytest.mark.parametrize("architecture", BACKBONES)
 def test_a_folder_loads_with_the_trials_dropout_and_keeps_its_weights(architecture: str, tmp_path: Path) -> None:
     name = folder_with(architecture, tmp_path)
     encoder = load_backbone(BackboneConfig(name=name, dropout=0.25, max_length=32), VOCAB, seed=0)
@@ -77,7 +77,7 @@ def test_a_folder_loads_with_the_trials_dropout_and_keeps_its_weights(architectu
     torch.testing.assert_close(encoder.eval()(*inputs), Encoder(plain_model(architecture)).eval()(*inputs))
 
 
-@pytest.mark.parametrize("architecture", SUPPORTED)
+@pytest.mark.parametrize("architecture", BACKBONES)
 def test_what_follows_the_ffn_is_handed_its_argument_and_acts_inside_the_residual(architecture: str) -> None:
     encoder = Encoder(plain_model(architecture)).eval()
     batch = tiny_batch([0, 1])

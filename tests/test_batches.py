@@ -3,12 +3,23 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from lightning_modules.config import TrialConfig
-from lightning_modules.data.batches import IGNORE, StepBatches, TaskData, eval_batches, open_tasks, prepare, prepared_folder
+from lightning_modules.data.batches import (
+    IGNORE,
+    StepBatches,
+    TaskData,
+    _tokenise,
+    collate,
+    eval_batches,
+    open_tasks,
+    prepare,
+    prepared_folder,
+)
 from lightning_modules.data.tasks import TaskSpec
 from lightning_modules.data.tokenizer import load_tokenizer, prepare_tokenizer, train_tokenizer
 
@@ -53,9 +64,46 @@ def test_long_inputs_are_cut_and_counted(make_trial: Make, specs: dict[str, Task
         assert short.lengths("train").max() == 8
         assert short.cut_tokens("train") == long.lengths("train").sum() - short.lengths("train").sum() > 0
         assert long.cut_tokens("train") == 0
-    pos = open_tasks(config, tmp_path)[2]
-    for i in range(pos.size("train")):
-        assert len(pos.targets("train", np.array([i]))[0]) == pos.row("train", i)[2].max() + 1
+    pos, rows = open_tasks(config, tmp_path)[2], list(specs["toy/pos"].read("train"))
+    assert [len(tags) for tags in pos.targets("train", np.arange(len(rows)))] == [len(row["tags"]) for row in rows]
+    labels = collate([(0, pos, "train", np.arange(8))]).tasks[0].labels  # trained on what is seen, scored on everything
+    assert (labels != IGNORE).sum(1).tolist() == [pos.row("train", i)[2].max() + 1 for i in range(8)]
+
+
+def write_task(folder: Path, rows: list[dict[str, Any]]) -> TaskSpec:
+    for split in ("train", "dev", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {split: folder / f"{split}.jsonl" for split in ("train", "dev", "test")}
+    return TaskSpec(name="t", kind="classification", metric="accuracy", labels=("a", "b"), files=files)
+
+
+def test_a_pair_counts_wherever_the_first_one_stands(
+    make_trial: Make, prepared: Path, specs: dict[str, TaskSpec], tmp_path: Path
+) -> None:
+    rows = [{"text": "good", "label": "a"}, {"text": "bad", "text_pair": "road", "label": "b"}]
+    tokenizer = load_tokenizer(prepare_tokenizer(make_trial(), specs, prepared))
+    segments = []
+    for order in (rows, rows[::-1]):
+        arrays = _tokenise(write_task(tmp_path, order), order, tokenizer, 32, pairs=True)
+        offsets = arrays["offsets"]
+        segments.append([arrays["types"][offsets[i] : offsets[i + 1]].tolist() for i in range(2)])
+    assert segments[0] == segments[1][::-1] and sum(map(sum, segments[0])) > 1
+
+
+def test_columns_that_nobody_asked_for_do_no_harm(make_trial: Make, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"text": "x", "label": "a", "id": 1},
+        {"text": "y", "label": "b", "id": "q", "more": {"z": [1]}},
+    ]
+    spec = write_task(tmp_path, rows)
+    config = make_trial(names=("t",), digests={"t": spec.digest()}, backbone={"size": {"tokenizer_tasks": ["t"]}})
+    prepare(config, {"t": spec}, tmp_path / "prepared")
+    assert open_tasks(config, tmp_path / "prepared")[0].size("train") == 2
+
+
+def test_names_that_read_alike_have_folders_of_their_own(make_trial: Make, tmp_path: Path) -> None:
+    config = make_trial(digests={"x/y": "0", "x_y": "0"})
+    assert prepared_folder(config, "x/y", tmp_path) != prepared_folder(config, "x_y", tmp_path)
 
 
 def test_data_are_prepared_once_and_by_content(make_trial: Make, specs: dict[str, TaskSpec], tmp_path: Path) -> None:

@@ -144,10 +144,10 @@ def _around(activation: nn.Module, ends: tuple[nn.Linear, nn.Linear]) -> tuple[n
     return ends[0], activation, ends[1]
 
 
-def test_widening_keeps_a_frozen_ffn_frozen() -> None:
+def test_a_widened_ffn_trains_as_the_experts_do_for_which_it_is_the_control() -> None:
     ffn = feed_forward().requires_grad_(False)
     for linear in widen(ffn.up, ffn.down, 2, 0.01, seed=0):
-        assert not any(p.requires_grad for p in linear.parameters())
+        assert all(p.requires_grad for p in linear.parameters())
 
 
 def test_every_router_of_the_helpers_is_covered() -> None:

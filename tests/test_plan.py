@@ -26,7 +26,7 @@ from lightning_modules.config import (
 )
 from pipelines.baselines import parameter_matched, routed, single_task
 from pipelines.cost import Machine, check_resources, local_resources
-from pipelines.plan import Plan, PlannedTrial, describe, make_plan, trials_from_json
+from pipelines.plan import Plan, PlannedTrial, describe, make_plan
 from pipelines.spec import SweepConfig, SweepError, load_sweep
 from pipelines.store import TrialFolder, TrialResult
 
@@ -504,10 +504,10 @@ def test_nothing_is_left_to_pay_for_when_all_is_finished(project: Path) -> None:
 
 def test_plan_json_is_enough_for_a_comparison(project: Path) -> None:
     plan = plan_of(project, axes={"model": FAMILY_AXIS}, seeds=2, baselines=ALL_BASELINES, question="who helps?")
-    trials, tasks = trials_from_json(plan.to_json())
-    assert trials == plan.trials
-    assert tasks == plan.tasks
     content = json.loads(plan.to_json())
+    assert [row["trial_id"] for row in content["trials"]] == [trial.trial_id for trial in plan.trials]
+    assert content["trials"][0]["config"] == to_plain(plan.trials[0].config)
+    assert [task["name"] for task in content["tasks"]] == list(plan.tasks)
     assert (content["sweep"], content["question"], content["seeds"]) == ("try", "who helps?", [0, 1])
     assert content["cost"] == asdict(plan.cost)
 
@@ -636,7 +636,7 @@ def backbone(project: Path) -> Path:
     folder = project / "model"
     folder.mkdir()
     for name in ("config.json", "tokenizer.json", "model.safetensors", "README.md"):
-        (folder / name).write_text(name)
+        (folder / name).write_text('{"model_type": "bert"}' if name == "config.json" else name)
     return folder
 
 
@@ -652,7 +652,7 @@ def test_a_folder_is_identified_by_what_a_trial_loads_from_it(project: Path, bac
     assert plan_id("./moved") == first
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         before = plan_id("moved")
-        (project / "moved" / name).write_text("changed")
+        (project / "moved" / name).write_text('{"model_type": "bert", "changed": true}')
         assert plan_id("moved") != before
 
 
@@ -661,6 +661,22 @@ def test_a_folder_without_a_model_is_refused(project: Path, backbone: Path) -> N
     assert mistake(project, trial={**change, "backbone": {"name": "model", "revision": "1" * 40}}).startswith(
         "trial.backbone.revision: must be null for a folder"
     )
+    for content, expected in (
+        ("{", "is not valid JSON"),
+        ('{"model_type": "gpt2"}', "must be one of bert, roberta"),
+        (
+            '{"model_type": "bert", "max_position_embeddings": 64}',
+            "trial.backbone.max_length: must be at most the backbone's 64",
+        ),
+    ):
+        (backbone / "config.json").write_text(content)
+        assert expected in mistake(project, trial=change)
+    (backbone / "config.json").write_text('{"model_type": "bert", "num_hidden_layers": 2}')
+    layers = {**change, "model": {"family": "task_moe", "layers": [0, 2]}}
+    assert mistake(project, trial=layers).startswith("trial.model.layers: must be below the backbone's 2 blocks")
+    tokenizer = (backbone / "tokenizer.json").rename(project / "tokenizer.json")
+    assert mistake(project, trial=change).startswith("trial.backbone.name: must be a folder with a tokenizer")
+    tokenizer.rename(backbone / "tokenizer.json")
     (backbone / "model.safetensors").unlink()
     assert mistake(project, trial=change).startswith("trial.backbone.name: must be a folder with config.json and *.safetensors")
 

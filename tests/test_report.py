@@ -11,10 +11,11 @@ import pytest
 from rich.console import Console
 
 from lightning_modules.config import AdapterMoEConfig, DenseConfig, MixtureConfig, ModelConfig, TaskMoEConfig, TrialConfig
-from pipelines.report import SweepFacts, page_html, print_comparison, show, summary_lines, write_report
+from pipelines.report import SweepFacts, page_html, write_report
 from pipelines.stats import Interval
 from pipelines.store import TrialResult
 from pipelines.transfer import Comparison, Estimate, compare
+from pipelines.wording import print_comparison, show, summary_lines
 
 EVIL = '<script>alert("x & y")</script>'
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from pipelines.stats import Interval, bootstrap_interval, paired_interval, sd, t_interval
+from pipelines.stats import Interval, sd, t_interval
 
 
 def test_t_interval_by_hand() -> None:
@@ -33,42 +33,14 @@ def test_t_interval_covers_the_mean_as_often_as_it_says() -> None:
 def test_one_value_has_no_interval() -> None:
     assert t_interval([4.0]) == Interval(4.0, None, None, 1)
     assert not t_interval([4.0]).excludes_zero
-    assert bootstrap_interval([4.0]) == Interval(4.0, None, None, 1)
     assert sd([4.0]) is None
-
-
-def test_what_pairs_share_cancels() -> None:
-    shared = np.random.default_rng(0).normal(0, 10, 5)
-    interval = paired_interval((shared + np.array([0.9, 1.0, 1.1, 1.0, 1.0])).tolist(), shared.tolist())
-    assert interval.mean == pytest.approx(1.0)
-    assert interval.excludes_zero
-
-
-def test_bootstrap_is_seeded_and_finds_the_mean() -> None:
-    values = np.random.default_rng(2).normal(5, 1, 200).tolist()
-    interval = bootstrap_interval(values, seed=3)
-    assert interval == bootstrap_interval(values, seed=3)
-    assert interval != bootstrap_interval(values, seed=4)
-    expected = t_interval(values)
-    assert interval.low == pytest.approx(expected.low, abs=0.03)
-    assert interval.high == pytest.approx(expected.high, abs=0.03)
-
-
-def test_bootstrap_of_another_statistic() -> None:
-    interval = bootstrap_interval([0.0] * 9 + [100.0], lambda sample: np.median(sample, axis=1))
-    assert (interval.mean, interval.low) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])
 def test_undefined_values_are_refused(values: list[float]) -> None:
-    for function in (t_interval, bootstrap_interval, sd):
+    for function in (t_interval, sd):
         with pytest.raises(ValueError, match="needs"):
             function(values)
-
-
-def test_pairs_need_equal_lengths() -> None:
-    with pytest.raises(ValueError, match="got 2 and 1"):
-        paired_interval([1.0, 2.0], [1.0])
 
 
 @pytest.mark.parametrize(

@@ -57,10 +57,13 @@ class Command:
     def kill(self) -> None:
         """SIGKILL to every process that came from the command: driver, Ray's daemons, actors, fork servers, workers."""
         for _ in range(3):
-            for process in Path("/proc").iterdir():
-                if process.name.isdigit() and self._is_ours(process):
-                    os.kill(int(process.name), signal.SIGKILL)
+            for process in self.processes():
+                os.kill(int(process.name), signal.SIGKILL)
         self.process.communicate()
+
+    def processes(self) -> list[Path]:
+        """``/proc`` folders of everything that came from the command."""
+        return [path for path in Path("/proc").iterdir() if path.name.isdigit() and self._is_ours(path)]
 
     def _is_ours(self, process: Path) -> bool:
         try:
@@ -194,6 +197,26 @@ def test_a_failed_trial_is_told_and_the_rest_is_compared(catalogue: Path, tmp_pa
     assert code == 0 and " failed " in output and " finished " in output
 
 
+@pytest.mark.slow
+def test_a_trial_whose_actor_is_killed_says_so(catalogue: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"axes": {}, "baselines": [], "retries": 0}
+    command = Command(tmp_path, str(write_sweep(tmp_path, catalogue, **changes)), "trial.train.steps=3000")
+    while not list(tmp_path.glob("runs/trials/*/metrics.jsonl")):
+        assert command.process.poll() is None, command.finish()
+        time.sleep(0.1)
+    [actor] = [
+        p
+        for p in command.processes()
+        if b"ray::" in (p / "cmdline").read_bytes() and b"IDLE" not in (p / "cmdline").read_bytes()
+    ]
+    os.kill(int(actor.name), signal.SIGKILL)
+    code, output, errors = command.finish()
+    assert code == 1, output + errors
+    assert "1 of 1 trials have no result" in output and "actor" in output.lower(), output
+    status = json.loads(next(tmp_path.glob("runs/trials/*/status.json")).read_text())
+    assert status["state"] == "failed" and status["error"]["message"]
+
+
 def test_status_and_plan_start_nothing(catalogue: Path, tmp_path: Path) -> None:
     sweep = str(write_sweep(tmp_path, catalogue))
     for option in ("--plan", "--status"):
@@ -224,11 +247,30 @@ def mistakes(catalogue: Path, folder: Path) -> dict[str, tuple[list[str], list[s
         "torn line": ([f"catalogues=[{torn / 'toy.yaml'}]"], ["tagging.train.jsonl:7", "one JSON object per line"]),
         "no GPU": (["resources.gpus=1"], ["resources.gpus", "gpus=1"]),
         "too many CPUs": (["resources.workers=4000"], ["resources", "4000"]),
+        "infinite": (["trial.train.lr=.inf"], ["trial.train.lr", "must be finite"]),
+        "family": (['axes={"model": [{"family": ["x"]}]}'], ["model.family", "must be one of dense"]),
+        "ignored setting": (
+            ["trial.mixture.sampling=uniform", "trial.mixture.temperature=3"],
+            ["mixture.temperature", "applies to"],
+        ),
     }
 
 
 @pytest.mark.parametrize(
-    "name", ["unknown key", "wrong type", "top_k", "unknown task", "missing catalogue", "torn line", "no GPU", "too many CPUs"]
+    "name",
+    [
+        "unknown key",
+        "wrong type",
+        "top_k",
+        "unknown task",
+        "missing catalogue",
+        "torn line",
+        "no GPU",
+        "too many CPUs",
+        "infinite",
+        "family",
+        "ignored setting",
+    ],
 )
 def test_a_mistake_costs_one_line_and_nothing_starts(name: str, catalogue: Path, tmp_path: Path) -> None:
     if name == "no GPU" and list(Path("/dev").glob("nvidia[0-9]*")):
@@ -240,6 +282,12 @@ def test_a_mistake_costs_one_line_and_nothing_starts(name: str, catalogue: Path,
     for part in (sweep.name, *expected):
         assert part in errors, errors
     assert not (tmp_path / "runs").exists() and not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_storage_that_is_no_folder_costs_one_line(catalogue: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    code, output, errors = Command(tmp_path, str(write_sweep(tmp_path, catalogue)), "--plan").finish(60)
+    assert code == 2 and output == "" and len(errors.splitlines()) == 1 and "--storage" in errors
 
 
 def test_a_missing_sweep_file_costs_one_line(tmp_path: Path) -> None:

@@ -71,6 +71,10 @@ BAD = {
     "kind": ([GOOD], {"kind": "text2text"}, r"kind must be one of classification, regression, tagging, got 'text2text'"),
     "metric": ([GOOD], {"metric": "bleu"}, r"metric must be one of accuracy, .* got 'bleu'"),
     "metric label": ([GOOD], {"metric": "f1_positive(z)"}, r"names a label that is not in labels"),
+    "metric argument": ([GOOD], {"metric": "accuracy(a)"}, r"metric must be accuracy, got 'accuracy\(a\)'"),
+    "macro argument": ([GOOD], {"metric": "macro_f1(a)"}, r"metric must be macro_f1\(without LABEL\), got"),
+    "surrogate": (['{"text": "\\ud800", "label": "a"}'], {}, r"train.jsonl:1: text must be valid Unicode"),
+    "huge": (['{"text": "x", "label": 1e300}'], {"kind": "regression", "metric": "pearson"}, r"must be a finite number"),
     "metric without label": ([GOOD], {"metric": "f1_positive"}, r"must name its label"),
     "labels": ([GOOD], {"labels": ["a"]}, r"at least two labels"),
     "low resource": ([GOOD], {"low_resource": 0}, r"low_resource must be a whole number of examples, at least 1, got 0"),
@@ -99,12 +103,24 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("tasks: [3]", r"tasks\[0\] must be a mapping with a name"),
         ("tasks: [{name: x}]", r"\(x\) must have a kind"),
         ("tasks: [{name: x, kind: tagging}]", "must have files"),
+        ("tasks: [{name: 'a*', kind: tagging, files: {}}]", "must have a name of letters, digits"),
+        ("tasks: [{name: x, kind: tagging, files: {train: 3}}]", "must have text under files.train, got 3"),
+        ("tasks: [{name: x, kind: tagging, labels: ab, files: {}}]", "must have labels as a list, got 'ab'"),
+        ("tasks: [{name: x, kind: tagging, planted: 3}]", "must have planted as a mapping, got 3"),
+        ("tasks: [{name: x, kind: tagging, metrik: accuracy, files: {}}]", "unknown key 'metrik'; did you mean metric"),
+        ("planted: 3\ntasks: []", "planted must be a mapping, got 3"),
         ("planted: {seed: 0}\ntasks: [{name: x, kind: tagging, planted: {rule: nope}}]", r"\(x\): "),
     ],
 )
 def test_a_malformed_catalogue_is_refused(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(content)
     with pytest.raises(ConfigError, match=message):
+        load_catalogues(["c.yaml"], tmp_path)
+
+
+def test_a_catalogue_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_bytes(b"tasks: [\xff\xfe]")
+    with pytest.raises(ConfigError, match="is not valid YAML"):
         load_catalogues(["c.yaml"], tmp_path)
 
 

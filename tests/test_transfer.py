@@ -9,7 +9,7 @@ import pytest
 
 from lightning_modules.config import MixtureConfig, TaskMoEConfig, TrialConfig
 from pipelines.store import TrialResult
-from pipelines.transfer import COLUMNS, Comparison, Row, compare, long_table, metric_range, to_rows, write_csv
+from pipelines.transfer import COLUMNS, Comparison, Row, compare, long_table, metric_range, to_rows, write_csv, write_scores
 
 
 @dataclass(frozen=True)
@@ -265,6 +265,13 @@ def test_different_metrics_are_not_compared() -> None:
     made.together("dense", 0, None)
     made.results["dense-0"] = result("dense-0", {"a": 0.6}, {"a": Task("near", "macro_f1")})
     assert "different metrics: macro_f1 and accuracy" in made.compare().cells["dense", "a"].gain.reason
+
+
+def test_scores_are_written_as_a_long_table(tmp_path: Path) -> None:
+    write_scores(tmp_path / "scores.csv", [result("x-1", {"a": 0.5, "b": None}, {name: TASKS[name] for name in ("a", "b")})])
+    rows = list(csv.DictReader((tmp_path / "scores.csv").open()))
+    assert set(rows[0]) == {"trial_id", "task", "split", "metric", "step", "value"}
+    assert {(row["task"], row["value"]) for row in rows if row["metric"] == "accuracy"} == {("a", "0.5"), ("b", "")}
 
 
 def test_long_table_keeps_undefined_scores() -> None:

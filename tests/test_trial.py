@@ -14,6 +14,8 @@ import torch
 
 from lightning_modules.checkpoints import list_checkpoints, load_newest, save_checkpoint
 from lightning_modules.config import TrialConfig
+from lightning_modules.data.batches import open_tasks, prepare
+from lightning_modules.data.tasks import TaskSpec
 from pipelines.store import TrialFolder
 from pipelines.trial import DivergedError, run_trial
 from pipelines.workers import Job, Worker, WorkerPool
@@ -128,6 +130,20 @@ def test_a_diverging_trial_fails_with_the_reason(make_trial: Make, prepared: Pat
         run_trial(config, TrialFolder(tmp_path, config.trial_id), prepared)
 
 
+def test_words_beyond_the_longest_input_count_as_wrong(
+    make_trial: Make, prepared: Path, specs: dict[str, TaskSpec], tmp_path: Path
+) -> None:
+    config = make_trial(backbone={"max_length": 8}, names=("toy/pos",), train={"steps": 60, "log_every": 60})
+    prepare(config, specs, tmp_path / "prepared")
+    result = run_trial(config, TrialFolder(tmp_path, config.trial_id), tmp_path / "prepared")
+    task = open_tasks(config, tmp_path / "prepared")[0]
+    seen = sum(int(task.row("test", i)[2].max()) + 1 for i in range(24))
+    words = sum(len(row["tags"]) for row in specs["toy/pos"].read("test"))
+    assert result is not None and seen < words
+    assert 0.9 * seen / words < result.scores["test"]["toy/pos"]["accuracy"] <= seen / words  # type: ignore[operator]
+    assert result.data["toy/pos"]["cut_tokens"] > 0
+
+
 def test_only_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, "t", step, {"x": torch.ones(2)})
@@ -204,6 +220,22 @@ def test_a_killed_worker_resumes_to_the_bit(make_trial: Make, prepared: Path, tm
     assert expected is not None and result is not None
     assert result.scores == expected.scores and curve(broken) == curve(whole)
     assert result.resume["count"] == 2 and result.resume["exact"]
+
+
+@pytest.mark.slow
+def test_a_trial_that_another_process_trains_is_waited_for(
+    make_trial: Make, prepared: Path, tmp_path: Path, pool: WorkerPool
+) -> None:
+    config = make_trial(train={"steps": 300, "log_every": 10, "checkpoint_every": 100})
+    folder = TrialFolder(tmp_path, config.trial_id)
+    folder.write_config(config)
+    job = Job(storage=tmp_path, trial_id=config.trial_id, prepared=prepared)
+    first, second = pool.start(job), pool.start(job)
+    assert finish(first)[0] == finish(second)[0] == "done"
+    result = folder.result()
+    assert result is not None and result.resume["count"] == 0
+    assert "waiting for it" in folder.log.read_text()
+    assert [step for step, _ in curve(folder)] == list(range(10, 301, 10))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ Shapes: B rows of a forward, S tokens of its longest row, W words of its longest
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,16 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_modules.config import TrialConfig
 from lightning_modules.data.mixtures import Group, Schedule, subset
 from lightning_modules.data.tasks import SPLITS, Split, TaskSpec
-from lightning_modules.data.tokenizer import load_tokenizer, new_folder, prepare_tokenizer, tokenizer_key
+from lightning_modules.data.tokenizer import load_tokenizer, prepare_tokenizer, tokenizer_key
+from lightning_modules.files import atomic_folder
 
-VERSION = 1
+VERSION = 2
 """Raise when the arrays' form or content changes."""
 
 IGNORE = -100
@@ -73,9 +75,9 @@ class Batch:
 
 def prepared_folder(config: TrialConfig, task: str, root: Path) -> Path:
     """Where the arrays of ``task`` stand, named by everything that decides their content."""
-    content = [VERSION, config.digests.get(task), tokenizer_key(config), config.backbone.max_length]
+    content = [VERSION, task, config.digests.get(task), tokenizer_key(config), config.backbone.max_length]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-    return root / f"{task.replace('/', '_')}-{digest}"
+    return root / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', task)[:80]}-{digest}"
 
 
 def prepare(config: TrialConfig, specs: Mapping[str, TaskSpec], root: Path) -> None:
@@ -90,15 +92,17 @@ def prepare(config: TrialConfig, specs: Mapping[str, TaskSpec], root: Path) -> N
         return
     tokenizer = load_tokenizer(folder)
     for name in missing:
-        with new_folder(prepared_folder(config, name, root)) as temporary:
+        with atomic_folder(prepared_folder(config, name, root)) as temporary:
             _write_task(specs[name], tokenizer, config.backbone.max_length, temporary)
 
 
 def _write_task(spec: TaskSpec, tokenizer: PreTrainedTokenizerBase, max_length: int, folder: Path) -> None:
     meta: dict[str, Any] = {"name": spec.name, "kind": spec.kind, "metric": spec.metric, "labels": spec.labels, "splits": {}}
     meta |= {"vocab_size": len(tokenizer), "pad": tokenizer.pad_token_id}
+    rows = {split: list(spec.read(split)) for split in SPLITS}
+    pairs = any("text_pair" in row for of_split in rows.values() for row in of_split)
     for split in SPLITS:
-        arrays = _tokenise(spec, list(spec.read(split)), tokenizer, max_length)
+        arrays = _tokenise(spec, rows[split], tokenizer, max_length, pairs)
         meta["splits"][split] = {"examples": len(arrays["offsets"]) - 1, "cut_tokens": arrays.pop("cut")}
         for name, array in arrays.items():
             np.save(folder / f"{split}.{name}.npy", array)
@@ -106,26 +110,26 @@ def _write_task(spec: TaskSpec, tokenizer: PreTrainedTokenizerBase, max_length: 
 
 
 def _tokenise(
-    spec: TaskSpec, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
+    spec: TaskSpec, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int, pairs: bool
 ) -> dict[str, Any]:
-    """Flat token arrays with offsets, labels in their kind's form, and the number of tokens beyond ``max_length``."""
+    """Flat token arrays with offsets, labels in their kind's form, and the number of tokens beyond ``max_length``. In a task
+    with pairs (``pairs``) an example without a second text has an empty one."""
     ids: list[list[int]] = []
     types: list[list[int]] = []
     words: list[list[int]] = []
     cut = 0
-    for chunk in Dataset.from_list(rows).iter(batch_size=1000):
+    tagging = spec.kind == "tagging"
+    options: dict[str, Any] = {"is_split_into_words": tagging, "return_token_type_ids": True}
+    for chunk in _inputs(rows, tagging).iter(batch_size=1000):
         assert isinstance(chunk, dict)
-        tagging = spec.kind == "tagging"
-        pairs = None if tagging or not any(chunk.get("text_pair") or ()) else [t or "" for t in chunk["text_pair"]]
-        texts = chunk["tokens"] if tagging else chunk["text"]
-        options: dict[str, Any] = {"is_split_into_words": tagging, "return_token_type_ids": True}
-        encoded = tokenizer(texts, pairs, truncation="longest_first", max_length=max_length, **options)
-        whole = tokenizer(texts, pairs, verbose=False, **options)["input_ids"]
+        texts, seconds = (chunk["tokens"], None) if tagging else (chunk["text"], chunk["text_pair"] if pairs else None)
+        encoded = tokenizer(texts, seconds, truncation="longest_first", max_length=max_length, **options)
+        whole = tokenizer(texts, seconds, verbose=False, **options)["input_ids"]
         cut += sum(len(a) - len(b) for a, b in zip(whole, encoded["input_ids"], strict=True))
         ids += encoded["input_ids"]
         types += encoded["token_type_ids"]
-        words += [[-1 if w is None else w for w in encoded.word_ids(i)] if tagging else [-1] * len(encoded["input_ids"][i])
-                  for i in range(len(encoded["input_ids"]))]  # fmt: skip
+        for i, row in enumerate(encoded["input_ids"]):
+            words.append([-1 if w is None else w for w in encoded.word_ids(i)] if tagging else [-1] * len(row))
     arrays: dict[str, Any] = {
         "tokens": np.array([t for row in ids for t in row], dtype=np.int32),
         "types": np.array([t for row in types for t in row], dtype=np.int8),
@@ -133,19 +137,28 @@ def _tokenise(
         "offsets": np.cumsum([0, *map(len, ids)]),
         "cut": cut,
     }
-    return arrays | _labels(spec, rows, words)
+    return arrays | _labels(spec, rows)
 
 
-def _labels(spec: TaskSpec, rows: list[dict[str, Any]], words: list[list[int]]) -> dict[str, np.ndarray]:
+def _inputs(rows: list[dict[str, Any]], tagging: bool) -> Dataset:
+    """The input columns as a typed table; whatever else the rows hold is none of the model's business."""
+    if tagging:
+        columns = Features({"tokens": List(Value("string"))})
+        return Dataset.from_dict({"tokens": [row["tokens"] for row in rows]}, features=columns)
+    columns = Features({"text": Value("string"), "text_pair": Value("string")})
+    texts = {"text": [row["text"] for row in rows], "text_pair": [row.get("text_pair", "") for row in rows]}
+    return Dataset.from_dict(texts, features=columns)
+
+
+def _labels(spec: TaskSpec, rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     number = {label: i for i, label in enumerate(spec.labels)}
     if spec.kind == "regression":
         return {"labels": np.array([row["label"] for row in rows], dtype=np.float32)}
     if spec.kind == "classification":
         return {"labels": np.array([number[row["label"]] for row in rows], dtype=np.int64)}
-    kept = [row["tags"][: max(of_row, default=-1) + 1] for row, of_row in zip(rows, words, strict=True)]
     return {
-        "labels": np.array([number[tag] for tags in kept for tag in tags], dtype=np.int64),
-        "label_offsets": np.cumsum([0, *map(len, kept)]),
+        "labels": np.array([number[tag] for row in rows for tag in row["tags"]], dtype=np.int64),
+        "label_offsets": np.cumsum([0, *(len(row["tags"]) for row in rows)]),
     }
 
 
@@ -183,7 +196,8 @@ class TaskData:
         return tuple(self._arrays[f"{split}.{name}"][start:stop] for name in ("tokens", "types", "words"))  # type: ignore[return-value]
 
     def targets(self, split: Split, rows: np.ndarray | list[int]) -> list[Any]:
-        """Gold answers as Python values: label number, number, or list of label numbers per word."""
+        """Gold answers as Python values: label number, number, or list of label numbers, one for every word of the example
+        (words beyond ``max_length`` included: what the model does not see counts as wrong)."""
         labels = self._arrays[f"{split}.labels"]
         if self.kind != "tagging":
             return labels[rows].tolist()
@@ -223,8 +237,10 @@ def _label_tensor(data: TaskData, split: Split, rows: np.ndarray) -> Tensor:
         return torch.tensor(values, dtype=torch.float32)
     if data.kind == "classification":
         return torch.tensor(values, dtype=torch.int64)
-    width = max(map(len, values))
-    return torch.tensor([tags + [IGNORE] * (width - len(tags)) for tags in values], dtype=torch.int64)
+    seen = [int(data.row(split, int(i))[2].max(initial=-1)) + 1 for i in rows]  # words that have a token
+    width = max(1, *seen)
+    padded = [tags[:n] + [IGNORE] * (width - n) for tags, n in zip(values, seen, strict=True)]
+    return torch.tensor(padded, dtype=torch.int64)
 
 
 class StepBatches:

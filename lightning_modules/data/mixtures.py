@@ -25,9 +25,10 @@ def task_shares(config: MixtureConfig, sizes: Sequence[int]) -> list[float]:
     the examples-proportional mixing of T5, Raffel et al. 2020).
     """
     n = np.asarray(sizes, dtype=np.float64)
+    relative = n / n.max()  # so that a low temperature does not overflow
     weights = {
         "proportional": lambda: n,
-        "temperature": lambda: n ** (1.0 / config.temperature),
+        "temperature": lambda: relative ** (1.0 / config.temperature),
         "uniform": lambda: np.ones_like(n),
         "capped": lambda: np.minimum(n, config.cap or np.inf),
     }[config.sampling]()

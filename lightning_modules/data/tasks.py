@@ -62,7 +62,10 @@ class TaskSpec:
             ConfigError: with file and line number, when a line is torn or an example breaks its kind's form.
         """
         if self.planted:
-            yield from planted.generate(self.planted, split)
+            try:
+                yield from planted.generate(self.planted, split)
+            except ValueError as error:
+                raise ConfigError(f"{self.catalogue}: task {self.name}", str(error)) from None
             return
         for row, place in _json_lines(self.files[split]):
             _check_row(self, row, place)
@@ -106,41 +109,71 @@ def _load_catalogue(file: Path, shown: str) -> Iterator[TaskSpec]:
         raise ConfigError("catalogues", f"no such file: {shown} (looked for {file})")
     try:
         content = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError("catalogues", f"{shown} is not valid YAML: {' '.join(str(error).split())}") from None
     entries = content.get("tasks") if isinstance(content, dict) else None
     if not isinstance(entries, list):
         raise ConfigError("catalogues", f"{shown} must have a list under 'tasks'")
     suite = content.get("planted", {})
+    if not isinstance(suite, dict):
+        raise ConfigError("catalogues", f"{shown}: planted must be a mapping, got {suite!r}")
     for i, entry in enumerate(entries):
         where = f"{shown}: tasks[{i}]"
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
             raise ConfigError("catalogues", f"{where} must be a mapping with a name")
-        where = f"{where} ({entry['name']})"
-        kind = entry.get("kind", entry.get("type"))
-        if not isinstance(kind, str):
-            raise ConfigError("catalogues", f"{where} must have a kind (or type), one of {', '.join(KINDS)}")
-        generator: dict[str, Any] = {}
-        labels = entry.get("labels") or ()
-        if "planted" in entry:
-            generator = {**suite, **entry["planted"], "name": entry["name"], "kind": kind}
-            try:
-                labels = planted.labels(generator)
-            except ValueError as error:
-                raise ConfigError("catalogues", f"{where}: {error}") from None
-        elif not isinstance(entry.get("files"), dict):
-            raise ConfigError("catalogues", f"{where} must have files: {{train, dev, test}} or planted: {{...}}")
-        yield TaskSpec(
-            name=entry["name"],
-            kind=kind,
-            metric=str(entry.get("metric", "accuracy")),
-            category=str(entry.get("category", "")),
-            labels=tuple(str(label) for label in labels),
-            files={split: file.parent / path for split, path in (entry.get("files") or {}).items()},
-            planted=generator,
-            low_resource=entry.get("low_resource"),
-            catalogue=shown,
-        )
+        yield _read_entry(entry, suite, file, shown, f"{where} ({entry['name']})")
+
+
+ENTRY_KEYS = ("name", "kind", "type", "category", "metric", "labels", "files", "planted", "low_resource")
+"""What is read of a catalogue's entry; others are notes (licence, source...) unless they look like a slip of these."""
+
+
+def _read_entry(entry: dict[str, Any], suite: dict[str, Any], file: Path, shown: str, where: str) -> TaskSpec:
+    _check_entry(entry, where)
+    name, kind = entry["name"], str(entry.get("kind", entry.get("type")))
+    labels, generator = entry.get("labels") or (), {}
+    if "planted" in entry:
+        generator = {**suite, **entry["planted"], "name": name, "kind": kind}
+        try:
+            labels = planted.labels(generator)
+        except ValueError as error:
+            raise ConfigError("catalogues", f"{where}: {error}") from None
+    return TaskSpec(
+        name=name,
+        kind=kind,
+        metric=str(entry.get("metric", "accuracy")),
+        category=str(entry.get("category", "")),
+        labels=tuple(str(label) for label in labels),
+        files={split: file.parent / path for split, path in (entry.get("files") or {}).items()},
+        planted=generator,
+        low_resource=entry.get("low_resource"),
+        catalogue=shown,
+    )
+
+
+def _check_entry(entry: dict[str, Any], where: str) -> None:
+    def require(condition: bool, law: str) -> None:
+        if not condition:
+            raise ConfigError("catalogues", f"{where} {law}")
+
+    name = entry["name"]
+    require(
+        re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_./-]*", name) is not None,
+        f"must have a name of letters, digits and _ . / -, got {name!r}",
+    )
+    for key in entry:
+        near = difflib.get_close_matches(str(key), [k for k in ENTRY_KEYS if k not in entry], 1, 0.8)
+        require(key in ENTRY_KEYS or not near, f"has an unknown key {key!r}; did you mean {''.join(near)}?")
+    kind = entry.get("kind", entry.get("type"))
+    require(isinstance(kind, str), f"must have a kind (or type), one of {', '.join(KINDS)}")
+    require(isinstance(entry.get("labels") or [], list), f"must have labels as a list, got {entry.get('labels')!r}")
+    if "planted" in entry:
+        require(isinstance(entry["planted"], dict), f"must have planted as a mapping, got {entry['planted']!r}")
+        return
+    files = entry.get("files")
+    require(isinstance(files, dict), "must have files: {train, dev, test} or planted: {...}")
+    for split, path in (files or {}).items():
+        require(isinstance(path, str), f"must have text under files.{split}, got {path!r}")
 
 
 def select(tasks: Mapping[str, TaskSpec], patterns: Sequence[str], key: str) -> list[str]:
@@ -191,7 +224,10 @@ def check(spec: TaskSpec) -> dict[str, int]:
     name, argument = metric_parts(spec.metric)
     if name not in METRICS[spec.kind]:
         raise ConfigError(key, f"metric must be one of {', '.join(METRICS[spec.kind])} for {spec.kind}, got {spec.metric!r}")
-    label = argument.removeprefix("without ")
+    form = {"f1_positive": "LABEL", "macro_f1": "without LABEL"}.get(name, "")
+    label = argument.removeprefix("without ") if name == "macro_f1" else argument
+    if argument and (not form or (name == "macro_f1" and label == argument)):
+        raise ConfigError(key, f"metric must be {name}{f'({form})' if form else ''}, got {spec.metric!r}")
     if label and label not in spec.labels:
         raise ConfigError(key, f"metric {spec.metric!r} names a label that is not in labels {list(spec.labels)}")
     if name == "f1_positive" and not argument:
@@ -242,6 +278,7 @@ def _check_row(spec: TaskSpec, row: dict[str, Any], place: str) -> None:
         tokens, tags = row.get("tokens"), row.get("tags")
         if not isinstance(tokens, list) or not isinstance(tags, list) or not all(isinstance(t, str) for t in tokens):
             raise ConfigError(place, f"tagging needs tokens and tags, two lists of text, got {_shorten(row)}")
+        _check_text(place, *tokens)
         if len(tokens) != len(tags) or not tokens:
             raise ConfigError(
                 place, f"tokens and tags must have the same length, at least 1, got {len(tokens)} and {len(tags)}"
@@ -252,17 +289,21 @@ def _check_row(spec: TaskSpec, row: dict[str, Any], place: str) -> None:
         return
     if not isinstance(row.get("text"), str) or not isinstance(row.get("text_pair", ""), str):
         raise ConfigError(place, f"{spec.kind} needs text (and text_pair) to be text, got {_shorten(row)}")
+    _check_text(place, row["text"], row.get("text_pair", ""))
     label = row.get("label")
     if spec.kind == "regression":
-        if (
-            isinstance(label, bool)
-            or not isinstance(label, (int, float))
-            or label != label
-            or label in (float("inf"), float("-inf"))
-        ):
+        if isinstance(label, bool) or not isinstance(label, (int, float)) or not -1e30 < label < 1e30:
             raise ConfigError(place, f"label must be a finite number, got {label!r}")
     elif label not in spec.labels:
         raise ConfigError(place, f"label must be one of {', '.join(spec.labels[:12])}, got {label!r}")
+
+
+def _check_text(place: str, *texts: str) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(place, f"text must be valid Unicode: {error}") from None
 
 
 def _shorten(row: dict[str, Any]) -> str:

@@ -2,11 +2,7 @@
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -14,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from lightning_modules.config import TrialConfig
 from lightning_modules.data.tasks import TaskSpec
+from lightning_modules.files import atomic_folder
 
 VERSION = 1
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -33,7 +30,7 @@ def prepare_tokenizer(config: TrialConfig, specs: Mapping[str, TaskSpec], root: 
     """The folder of the trial's tokenizer under ``root``, written if it is not there yet."""
     folder = root / f"tokenizer-{tokenizer_key(config)}"
     if not folder.exists():
-        with new_folder(folder) as temporary:
+        with atomic_folder(folder) as temporary:
             if config.backbone.name == "tiny-encoder":
                 tasks = config.backbone.size.tokenizer_tasks or config.mixture.tasks
                 texts = (text for name in sorted(tasks) for text in _texts(specs[name]))
@@ -81,21 +78,3 @@ def _texts(spec: TaskSpec) -> Iterator[str]:
             yield row["text"]
             if row.get("text_pair"):
                 yield row["text_pair"]
-
-
-@contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
-    """Fill a folder under a temporary name and rename it into place: it is there whole or not at all. Where another
-    process was faster, its folder stays (same name, same content)."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}."))
-    try:
-        yield temporary
-        os.chmod(temporary, 0o755)  # mkdtemp's 0700 would lock out other users of a shared storage
-        try:
-            os.rename(temporary, final)
-        except OSError:
-            if not final.exists():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -36,11 +37,19 @@ def evaluate(
             answers = _predict(network, config, number, task, split, gang, device)
             rows = sorted(answers)
             targets = task.targets(split, rows)
-            result = score(task.kind, task.metric, task.labels, [answers[row] for row in rows], targets)
+            predictions = [answers[row] for row in rows]
+            if task.kind == "tagging":
+                predictions = [_for_every_word(tags, len(gold)) for tags, gold in zip(predictions, targets, strict=True)]
+            result = score(task.kind, task.metric, task.labels, predictions, targets)
             evaluation.scores[task.name] = dict(result.values)
             evaluation.undefined.update({f"{task.name}/{metric}": why for metric, why in result.undefined.items()})
     network.train(training)
     return evaluation
+
+
+def _for_every_word(tags: Any, words: int) -> list[int]:
+    """-1, no answer, for the words that the model did not see (cut off, or without a token)."""
+    return [*tags, *[-1] * (words - len(tags))]
 
 
 def _predict(

@@ -30,7 +30,7 @@ def score(kind: str, metric: str, labels: Sequence[str], predictions: Sequence[A
     """All scores of ``kind`` and ``metric``, which keeps the name that the catalogue gives it.
 
     ``labels`` is the task's label set. Predictions and targets, one per example: label number (classification), number
-    (regression), or label numbers per word (tagging).
+    (regression), or label numbers per word (tagging; a prediction of -1 is no answer: always wrong, and no span).
 
     Raises:
         ValueError: unknown kind or metric, or predictions and targets differ in length.
@@ -127,7 +127,7 @@ def _span_f1(labels: Sequence[str], predictions: Sequence[Sequence[int]], target
     plain = [label for label in labels if label != "O" and label[:2] not in ("B-", "I-")]
     if plain or all(label == "O" for label in labels):
         raise UndefinedScoreError(f"labels mark no spans (B-..., I-..., O), got {', '.join((plain or list(labels))[:3])}")
-    found = {(i, *span) for i, tags in enumerate(predictions) for span in spans([labels[t] for t in tags])}
+    found = {(i, *span) for i, tags in enumerate(predictions) for span in spans([labels[t] if t >= 0 else "O" for t in tags])}
     wanted = {(i, *span) for i, tags in enumerate(targets) for span in spans([labels[t] for t in tags])}
     return 2 * len(found & wanted) / max(len(found) + len(wanted), 1)
 

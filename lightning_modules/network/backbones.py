@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, BertConfig, PretrainedConfig, PreTrainedModel
 
-from lightning_modules.config import BackboneConfig, ConfigError
+from lightning_modules.config import BACKBONES, BackboneConfig, ConfigError
 from lightning_modules.seeds import derive
 
 
@@ -198,7 +199,7 @@ def _pretrained(config: BackboneConfig) -> PreTrainedModel:
             **source,
             **layout.load,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError("backbone.name", f"cannot read {config.name!r}: {' '.join(str(error).split())}") from error
@@ -253,8 +254,6 @@ _LAYOUTS: dict[str, _Layout] = {
     "electra": _Layout(_open_bert_like, _BERT_DROPOUTS, {}),
     "distilbert": _Layout(_open_distilbert, ("dropout", "attention_dropout"), {}),
 }
-SUPPORTED: tuple[str, ...] = tuple(_LAYOUTS)
-"""Architectures (``model_type``) whose FFN sub-layer is known."""
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
 """Their position numbers start after the padding id."""
 
@@ -262,7 +261,7 @@ _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
 def _layout(architecture: PretrainedConfig) -> _Layout:
     if architecture.model_type not in _LAYOUTS:
         raise ConfigError(
-            "backbone.name", f"architecture must be one of {', '.join(SUPPORTED)}, got {architecture.model_type!r}"
+            "backbone.name", f"architecture must be one of {', '.join(BACKBONES)}, got {architecture.model_type!r}"
         )
     return _LAYOUTS[architecture.model_type]
 

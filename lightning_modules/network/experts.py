@@ -50,7 +50,8 @@ def widen(up: nn.Linear, down: nn.Linear, multiple: int, noise: float, seed: int
     (d, multiple f).
 
     Each copy hands on 1/multiple of the unit's output, so the function stays (Net2Net, Chen et al. 2016). ``noise``,
-    relative to each tensor's standard deviation, lets the copies drift apart; without it they would stay equal.
+    relative to each tensor's standard deviation, lets the copies drift apart; without it they would stay equal. The result
+    trains even in a frozen encoder, as the experts do for which it is the control.
     """
     hidden, width = up.in_features, up.out_features * multiple
     wide_up = nn.Linear(hidden, width, bias=up.bias is not None)
@@ -65,9 +66,7 @@ def widen(up: nn.Linear, down: nn.Linear, multiple: int, noise: float, seed: int
             wide_down.bias.copy_(down.bias)
         for weight in (wide_up.weight, wide_down.weight):
             _perturb(weight, noise, generator)
-    # A frozen encoder's FFN is still the encoder's own after widening.
-    trainable = up.weight.requires_grad
-    return wide_up.requires_grad_(trainable), wide_down.requires_grad_(trainable)
+    return wide_up, wide_down
 
 
 def _perturb(tensor: Tensor, noise: float, generator: torch.Generator) -> None:

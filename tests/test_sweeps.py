@@ -1,0 +1,65 @@
+"""Every shipped sweep file: its header, its plan, and a network for each of its distinct models."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from lightning_modules.config import to_plain
+from lightning_modules.network.model import HeadSpec, build_network
+from pipelines.plan import make_plan
+from pipelines.spec import SweepError, load_sweep
+from pipelines.sweep import _parse
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SWEEPS = sorted((REPOSITORY / "sweeps").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda p: p.stem)
+def test_header_says_question_source_cost_and_command(file: Path) -> None:
+    head = file.read_text().split("\nname:")[0]
+    for word in ("Question", "Source", "Cost", "Command"):
+        assert re.search(rf"^# {word}:", head, re.MULTILINE), f"{file.name} has no '# {word}:' in its header"
+    assert f"python pipelines/sweep.py sweeps/{file.name}" in head
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda p: p.stem)
+def test_it_plans_and_every_model_can_be_built(file: Path, tmp_path: Path) -> None:
+    sweep = load_sweep(file)
+    missing = [path for path in sweep.catalogues if not Path(path).is_file()]
+    if missing:
+        pytest.skip(f"the catalogue {missing[0]} is not beside this checkout")
+    plan = make_plan(sweep, tmp_path)
+    assert sweep.name == file.stem and sweep.question
+    distinct = {json.dumps([to_plain(t.config.model), to_plain(t.config.backbone)]): t.config for t in plan.trials}
+    for config in distinct.values():
+        names = config.mixture.tasks
+        heads = [HeadSpec(n, plan.specs[n].kind, max(1, len(plan.specs[n].labels))) for n in names]
+        assert len(build_network(config, heads, 4000).heads) == len(names)
+
+
+def test_the_options_are_the_documented_ones() -> None:
+    options = set(vars(_parse(["x.yaml"])))
+    assert options == {"sweep", "overrides", "plan", "status", "report", "track_again", "fresh", "storage", "address"}
+    readme = (REPOSITORY / "README.md").read_text()
+    for name in options - {"sweep", "overrides"}:
+        assert f"--{name.replace('_', '-')}" in readme
+
+
+def test_files_named_in_the_readme_exist() -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    links = re.findall(r"\]\(([^)#]+)\)", readme)
+    assert links and all((REPOSITORY / link).exists() for link in links if "://" not in link)
+
+
+def test_a_sweep_without_a_usable_catalogue_says_what_to_do(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("name: s\ntrial: {mixture: {tasks: [a]}}\n")
+    with pytest.raises(SweepError, match=r"catalogues|no task matches"):
+        make_plan(load_sweep(file), tmp_path)
