@@ -15,10 +15,12 @@ from pipelines.stats import sd
 from pipelines.store import write_text
 from pipelines.transfer import LOWER_IS_BETTER, Cell, Comparison, Estimate, Summary, write_csv
 from pipelines.wording import (
+    FLOOR_NOTE,
     SIGNS,
     brief,
     categories_of,
     cells_of,
+    floor_mark,
     is_bounded,
     number,
     ordered,
@@ -159,7 +161,7 @@ def _configurations_html(comparison: Comparison) -> str:
     head = ["configuration", "seeds", f"mean gain ({unit})", "mean relative gain", "helped", "hurt", "pending"]
     rows = []
     for s in summaries:
-        gains = [_estimate_html(s.mean_gain, factor), _estimate_html(s.delta_m, 100, " %")]
+        gains = [_estimate_html(s.mean_gain, factor), _estimate_html(s.delta_m, 100, f" %{floor_mark(s, comparison)}")]
         counts = [str(len(names)) for names in (s.helped, s.hurt, s.pending)]
         versus = [_estimate_html(s.versus[kind], factor) if kind in s.versus else "" for kind in kinds]
         rows.append(_row_html(_name_html(s), [str(len(s.seeds)), *gains, *counts, *versus]))
@@ -236,6 +238,8 @@ def _reading_html(comparison: Comparison) -> str:
         notes.append(f"{seeds} seeds screen, they do not conclude: with fewer than six no exact test reaches p &lt; 0.05.")
     if unit_of(comparison)[0] == 1.0:
         notes.append("Some metric has no bound and is negated (lower is better): means mix units, so prefer relative gains.")
+    if any(floor_mark(summary, comparison) for summary in comparison.summaries):
+        notes.append(f"{_esc(FLOOR_NOTE)}.")
     return "<ul>" + "".join(f"<li>{note}</li>" for note in notes) + "</ul>"
 
 

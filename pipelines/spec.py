@@ -262,4 +262,4 @@ def _find_catalogue(catalogue: str, sweep_file: Path) -> str:
         if place.is_file():
             return str(place)
     shown = ", ".join(dict.fromkeys(str(place.absolute()) for place in places))
-    raise ConfigError("catalogues", f"no such file: {catalogue} (looked for {shown})")
+    raise ConfigError("catalogues", f"no such file: {catalogue} (looked for {shown}); name yours with 'catalogues=[FILE]'")

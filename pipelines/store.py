@@ -43,7 +43,7 @@ class TrialResult:
     params: Mapping[str, int] = field(default_factory=dict)
     """``total``, ``trainable`` and ``active`` (what one example of one task touches) parameter counts."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """task -> ``{train, dev, test: examples, cut_tokens: tokens beyond max_length}``."""
+    """task -> ``{train, dev, test: examples used, cut_tokens: tokens beyond max_length in all of the task's examples}``."""
     measurements: Mapping[str, float] = field(default_factory=dict)
     """Single numbers measured at the end, by their metric name (``route/0/nmi``); arrays stand in ``measurements/*.npz``."""
     workers: int = 1

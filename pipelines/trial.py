@@ -241,8 +241,11 @@ class _Trial(lightning.Callback):
         return result
 
     def _data_facts(self, number: int, task: TaskData) -> dict[str, int]:
-        sizes = {"train": len(self.batches.rows[number]), "dev": task.size("dev"), "test": task.size("test")}
-        return {**sizes, "cut_tokens": sum(task.cut_tokens(split) for split in SPLITS)}
+        limit = self.config.data.max_eval
+        used = {"train": len(self.batches.rows[number])}
+        for split in ("dev", "test"):
+            used[split] = min(task.size(split), limit or task.size(split))
+        return {**used, "cut_tokens": sum(task.cut_tokens(split) for split in SPLITS)}
 
     def _measure_routing(self) -> dict[str, float]:
         routings = self.module.network.route(torch.arange(len(self.tasks), device=self.device))

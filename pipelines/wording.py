@@ -104,7 +104,7 @@ def result_table(comparison: Comparison) -> Table:
             Text(name_of(summary)),
             str(len(summary.seeds)),
             Text(show(summary.mean_gain, factor), style=_style(summary.mean_gain)),
-            f"{number(relative.mean, 100)} %" if relative else "pending",
+            f"{number(relative.mean, 100)} %{floor_mark(summary, comparison)}" if relative else "pending",
             str(len(summary.helped)),
             str(len(summary.hurt)),
             str(len(summary.pending)),
@@ -113,9 +113,19 @@ def result_table(comparison: Comparison) -> Table:
     return table
 
 
+FLOOR_NOTE = "† a task's baseline is near zero and was floored at 1 % of the metric's range: read its gain in points"
+
+
+def floor_mark(summary: Summary, comparison: Comparison) -> str:
+    """A dagger where a relative gain has a floored denominator, so that its mean says little (:data:`FLOOR_NOTE`)."""
+    return " †" if any(cell.floored for cell in cells_of(comparison, summary)) else ""
+
+
 def print_comparison(console: Console, comparison: Comparison) -> None:
     """Print the table and one sentence per configuration."""
     console.print(result_table(comparison), soft_wrap=False)
+    if any(floor_mark(summary, comparison) for summary in comparison.summaries):
+        console.print(FLOOR_NOTE, markup=False, highlight=False)
     for line in summary_lines(comparison):
         console.print(line, markup=False, highlight=False)
 
