@@ -204,12 +204,10 @@ def test_a_trial_whose_actor_is_killed_says_so(catalogue: Path, tmp_path: Path) 
     while not list(tmp_path.glob("runs/trials/*/metrics.jsonl")):
         assert command.process.poll() is None, command.finish()
         time.sleep(0.1)
-    [actor] = [
-        p
-        for p in command.processes()
-        if b"ray::" in (p / "cmdline").read_bytes() and b"IDLE" not in (p / "cmdline").read_bytes()
-    ]
-    os.kill(int(actor.name), signal.SIGKILL)
+    actors = [process for process in command.processes() if b"Trainable" in (process / "cmdline").read_bytes()]
+    assert actors
+    for actor in actors:
+        os.kill(int(actor.name), signal.SIGKILL)
     code, output, errors = command.finish()
     assert code == 1, output + errors
     assert "1 of 1 trials have no result" in output and "actor" in output.lower(), output
