@@ -224,9 +224,10 @@ def _override_path(raw: Mapping[str, Any], top: str, rest: str) -> list[str]:
     if top == "trial":
         if not is_trial_key(rest):
             raise unknown_key(f"trial.{rest}", None)
-        axis = axes.get(rest)
-        if isinstance(axis, list):
-            raise ConfigError(f"trial.{rest}", f"has no effect, the axis sets it in every trial; use axes.{rest}=[...]")
+        for name, values in axes.items():
+            if isinstance(values, list) and values and all(rest in _set_by(str(name), value) for value in values):
+                which = "the axis" if name == rest else f"the axis {name}"
+                raise ConfigError(f"trial.{rest}", f"has no effect, {which} sets it in every trial; use axes.{name}=[...]")
         table = "mixture.low_resource."
         return [*table.rstrip(".").split("."), rest.removeprefix(table)] if rest.startswith(table) else rest.split(".")
     known = {"resources": ResourcesConfig, "schedule": ScheduleConfig}.get(top)
@@ -234,6 +235,13 @@ def _override_path(raw: Mapping[str, Any], top: str, rest: str) -> list[str]:
     if f"{top}.{rest}" not in names:
         raise unknown_key(f"{top}.{rest}", names)
     return [rest]
+
+
+def _set_by(axis: str, value: Any) -> set[str]:
+    """The key paths that one value of an axis sets: the axis itself, what its mapping holds, or a zipped axis' keys."""
+    if not isinstance(value, Mapping):
+        return {axis}
+    return {f"{axis}.{key}" for key in value} if is_trial_key(axis) else {str(key) for key in value}
 
 
 def _axis_path(axes: Mapping[str, Any], rest: str) -> list[str]:

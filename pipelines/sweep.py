@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.allow_abbrev = False  # --fres must not delete
     parser.add_argument("sweep", metavar="SWEEP.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="the file's own keys: trial.train.steps=50 seeds=1")
     parser.add_argument("--plan", action="store_true", help="print the trials, what is finished, and the cost; run nothing")

@@ -291,3 +291,15 @@ def test_planning_loads_nothing_heavy() -> None:
     code = f"import json, sys, pipelines.spec, pipelines.plan; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+@pytest.mark.parametrize(
+    ("axes", "override"),
+    [
+        ({"train.lr": [0.1, 0.2]}, "trial.train.lr=1"),
+        ({"length": [{"train.steps": 3, "train.lr": 0.1}, {"train.steps": 6, "train.lr": 0.2}]}, "trial.train.steps=1"),
+        ({"mixture": [{"sampling": "uniform"}, {"sampling": "proportional"}]}, "trial.mixture.sampling=uniform"),
+    ],
+)
+def test_an_override_that_an_axis_undoes_is_refused(project: Path, axes: dict[str, Any], override: str) -> None:
+    assert "has no effect, the axis" in mistake(project, override, axes=axes)
