@@ -166,28 +166,20 @@ def _ranges(axes: Axes, items: Sequence[tuple[Summary, Estimate]], factor: float
         if estimate.interval is None:
             axes.text(0, y, " pending", va="center", fontsize=8, color=UNCLEAR, style="italic")
             continue
-        _point(
-            axes,
-            estimate,
-            factor,
-            y,
-            _colour(summary),
-            MARKS.get(summary.config.model.family, "o"),
-            horizontal=True,
-            hollow=summary.role != "candidate",
-        )
+        _point(axes, summary, estimate, factor, y, horizontal=True)
     axes.axvline(0, color="#444444", linewidth=0.9, zorder=1)
     axes.set_ylim(len(items) - 0.4, -0.6)
     axes.grid(axis="x", color="#e4e4e4", linewidth=0.7)
     _plain(axes)
 
 
-def _point(
-    axes: Axes, estimate: Estimate, factor: float, at: float, colour: str, mark: str, *, horizontal: bool, hollow: bool = False
-) -> None:
+def _point(axes: Axes, summary: Summary, estimate: Estimate, factor: float, at: float, *, horizontal: bool) -> None:
+    """An estimate with its interval in the colour and mark of its configuration, hollow for a baseline."""
     interval = estimate.interval
     if interval is None:
         return
+    colour, mark = _colour(summary), MARKS.get(summary.config.model.family, "o")
+    hollow = summary.role != "candidate"
     ends = [[at, at], [(interval.low or 0) * factor, (interval.high or 0) * factor]]
     if interval.low is not None:
         axes.plot(*(ends[::-1] if horizontal else ends), color=colour, linewidth=1.8, zorder=2, solid_capstyle="butt")
@@ -286,16 +278,7 @@ def _experts_series(
         for i, summary in enumerate(same):
             estimate = summary.mean_gain if category is None else summary.categories.get(category, nothing)
             at = counts.index(place) + shift + 0.05 * (i - (len(same) - 1) / 2)
-            _point(
-                axes,
-                estimate,
-                factor,
-                at,
-                _colour(summary),
-                MARKS.get(summary.config.model.family, "o"),
-                horizontal=False,
-                hollow=summary.role != "candidate",
-            )
+            _point(axes, summary, estimate, factor, at, horizontal=False)
     if members:
         mark = MARKS.get(members[0].config.model.family, "o")
         hollow = members[0].role != "candidate"

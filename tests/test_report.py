@@ -2,13 +2,12 @@ import csv
 import io
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
+from standins import Planned, Task
 
 from lightning_modules.config import AdapterMoEConfig, DenseConfig, MixtureConfig, ModelConfig, TaskMoEConfig, TrialConfig
 from pipelines.report import SweepFacts, page_html, write_report
@@ -18,23 +17,6 @@ from pipelines.transfer import Comparison, Estimate, compare
 from pipelines.wording import print_comparison, show, summary_lines
 
 EVIL = '<script>alert("x & y")</script>'
-
-
-@dataclass(frozen=True)
-class Planned:
-    trial_id: str
-    role: str
-    configuration: str
-    seed: int
-    config: TrialConfig
-    task: str | None = None
-    baselines: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Task:
-    category: str
-    metric: str = "accuracy"
 
 
 MODELS: dict[str, ModelConfig] = {

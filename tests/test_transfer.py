@@ -1,33 +1,15 @@
 import csv
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from standins import Planned, Task
 
 from lightning_modules.config import MixtureConfig, TaskMoEConfig, TrialConfig
 from pipelines.store import TrialResult
 from pipelines.transfer import COLUMNS, Comparison, Row, compare, long_table, metric_range, to_rows, write_csv, write_scores
-
-
-@dataclass(frozen=True)
-class Planned:
-    trial_id: str
-    role: str
-    configuration: str
-    seed: int
-    config: TrialConfig
-    task: str | None = None
-    baselines: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Task:
-    category: str
-    metric: str
-
 
 TASKS = {"a": Task("near", "accuracy"), "b": Task("near", "accuracy"), "c": Task("far", "pearson")}
 
