@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from lightning_modules.config import TrialConfig
-from lightning_modules.data.batches import TaskData, eval_batches
+from lightning_modules.data.batches import eval_batches
+from lightning_modules.data.prepared import TaskData
 from lightning_modules.data.tasks import Split
 from lightning_modules.gang import Gang, gather
 from lightning_modules.measure.scores import score
@@ -38,8 +39,8 @@ def evaluate(
             rows = sorted(answers)
             targets = task.targets(split, rows)
             predictions = [answers[row] for row in rows]
-            if task.kind == "tagging":
-                predictions = [_for_every_word(tags, len(gold)) for tags, gold in zip(predictions, targets, strict=True)]
+            if task.kind in NO_ANSWER:
+                predictions = [_for_every_word(p, len(gold), task.kind) for p, gold in zip(predictions, targets, strict=True)]
             result = score(task.kind, task.metric, task.labels, predictions, targets)
             evaluation.scores[task.name] = dict(result.values)
             evaluation.undefined.update({f"{task.name}/{metric}": why for metric, why in result.undefined.items()})
@@ -47,9 +48,12 @@ def evaluate(
     return evaluation
 
 
-def _for_every_word(tags: Any, words: int) -> list[int]:
-    """-1, no answer, for the words that the model did not see (cut off, or without a token)."""
-    return [*tags, *[-1] * (words - len(tags))]
+NO_ANSWER: dict[str, Any] = {"tagging": -1, "dependency": (-1, -1)}
+"""What stands for words that the model did not see (beyond ``max_windows``, or without a token): always wrong."""
+
+
+def _for_every_word(answers: Any, words: int, kind: str) -> list[Any]:
+    return [*answers, *[NO_ANSWER[kind]] * (words - len(answers))]
 
 
 def _predict(
@@ -64,9 +68,10 @@ def _predict(
     """Row number -> predicted answer, over all workers."""
     answers: dict[int, object] = {}
     for rows, batch in eval_batches(config, number, task, split, gang.rank, gang.world_size):
-        batch = batch.to(device)
-        [output] = network(batch)
-        answers.update(zip(rows.tolist(), network.head(number).predict(output, batch.word_index), strict=True))
+        [found] = network.answers(batch.to(device), config.generation, config.backbone.max_target_length)
+        if task.kind == "text2text":
+            found = list(task.decode(found))
+        answers.update(zip(rows.tolist(), found, strict=True))
     merged: dict[int, object] = {}
     for part in gather(answers):
         assert isinstance(part, dict)

@@ -1,17 +1,34 @@
 """Scores of one task from its predictions: every metric of the kind, and the one that comparisons use.
 
-A score that is not defined for the data at hand is ``None`` with the reason, never NaN.
-The values are those of scikit-learn (classification), scipy (regression) and seqeval (spans).
+A score that is not defined for the data at hand is ``None`` with the reason, never NaN. The values are those of scikit-learn
+(labels), scipy (numbers), seqeval (spans), the CoNLL 2018 evaluation (dependencies), EVALB (constituents), SQuAD and
+rouge-score (text).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import numpy as np
-from scipy import stats
-
 from lightning_modules.data.tasks import METRICS, metric_parts
+from lightning_modules.measure import structure_scores, text_scores
+from lightning_modules.measure.label_scores import (
+    NO_ANSWER,
+    UndefinedScoreError,
+    answer_score,
+    label_score,
+    number_score,
+)
+
+Similarity = Callable[[str, str], float]
+"""How near a prediction is to a reference, from 0 to 1."""
+
+_SIMILARITIES: dict[str, Similarity] = {
+    "accuracy": text_scores.same_answer,
+    "exact_match": text_scores.exact_match,
+    "token_f1": text_scores.token_f1,
+    "rouge_l": text_scores.rouge_l,
+}
 
 
 @dataclass(frozen=True)
@@ -22,15 +39,21 @@ class Scores:
     undefined: dict[str, str] = field(default_factory=dict)
 
 
-class UndefinedScoreError(ValueError):
-    """A score has no value for these predictions and targets; the message is the reason."""
-
-
 def score(kind: str, metric: str, labels: Sequence[str], predictions: Sequence[Any], targets: Sequence[Any]) -> Scores:
     """All scores of ``kind`` and ``metric``, which keeps the name that the catalogue gives it.
 
-    ``labels`` is the task's label set. Predictions and targets, one per example: label number (classification), number
-    (regression), or label numbers per word (tagging; a prediction of -1 is no answer: always wrong, and no span).
+    ``labels`` is the task's label set (not used for choice). Predictions and targets, one per example:
+
+    - classification, choice: number of the label or option; a prediction of -1 is no answer: always wrong;
+    - regression: number;
+    - tagging: label numbers per word; a prediction of -1 is no answer: always wrong, and no span;
+    - spans, constituency: (start, end, label number) of each span, end exclusive;
+    - dependency: (head, relation number) per word, head 0 = root; (-1, -1) is no answer;
+    - srl: (predicate, start, end, role number) of each argument, (predicate, -1, -1, -1) for a predicate without any;
+      ``predicate_f1`` stands beside the score;
+    - text2text: predictions are text, targets lists of all references. Metrics of labels and of numbers read the text first;
+      ``invalid_rate``, the share of predictions that are none, stands beside them. Accuracy without ``labels`` (the options
+      of a choice, of which every example has its own) is the share of answers that are the reference but for case.
 
     Raises:
         ValueError: unknown kind or metric, or predictions and targets differ in length.
@@ -39,109 +62,86 @@ def score(kind: str, metric: str, labels: Sequence[str], predictions: Sequence[A
         raise ValueError(f"metric must be one of {METRICS.get(kind, ())} for kind {kind}, got {metric!r}")
     if len(predictions) != len(targets):
         raise ValueError(f"predictions and targets must be as many, got {len(predictions)} and {len(targets)}")
-    names = dict.fromkeys([*(name for name in METRICS[kind] if name != "f1_positive"), metric])
     scores = Scores()
-    for name in names:
+    for name in _names(kind, metric, labels):
         try:
             if not targets:
                 raise UndefinedScoreError("no examples")
-            scores.values[name] = _value(kind, name, labels, predictions, targets)
+            if kind == "text2text":
+                scores.values[name] = _text_value(name, _answers(metric, labels), labels, predictions, targets)
+            else:
+                scores.values[name] = _value(kind, name, labels, predictions, targets)
         except UndefinedScoreError as reason:
             scores.values[name] = None
             scores.undefined[name] = str(reason)
     return scores
 
 
+def _names(kind: str, metric: str, labels: Sequence[str]) -> list[str]:
+    """What to compute; of text, what fits the answers that the task has."""
+    names: tuple[str, ...] = tuple(name for name in METRICS[kind] if name != "f1_positive")
+    if kind == "srl":
+        names = (*names, "predicate_f1")
+    if kind == "text2text":
+        names = {
+            "text": ("exact_match", "token_f1", "rouge_l"),
+            "labels": ("accuracy", "macro_f1", "micro_f1", "mcc", "exact_match", "invalid_rate"),
+            "numbers": ("pearson", "spearman", "mse", "invalid_rate"),
+        }[_answers(metric, labels)]
+    return list(dict.fromkeys([*names, metric]))
+
+
+def _answers(metric: str, labels: Sequence[str]) -> str:
+    """What a text2text task's answers are: ``labels``, ``numbers`` or ``text``, where every example has answers of its own."""
+    if metric in METRICS["regression"]:
+        return "numbers"
+    return "labels" if labels or _similarity(metric) is None else "text"
+
+
+def _similarity(metric: str) -> Similarity | None:
+    """What ``metric`` is the mean of; None for one that needs all answers together."""
+    name, argument = metric_parts(metric)
+    if name == "exact_match" and argument:
+        mark = argument.removeprefix("number after")
+        if mark == argument:
+            raise ValueError(f"metric must be exact_match or exact_match(number after MARK), got {metric!r}")
+        return partial(text_scores.same_number, mark=mark.strip())
+    return _SIMILARITIES.get(name)
+
+
 def _value(kind: str, metric: str, labels: Sequence[str], predictions: Sequence[Any], targets: Sequence[Any]) -> float:
     name, argument = metric_parts(metric)
-    if kind == "tagging":
-        return _span_f1(labels, predictions, targets) if name == "span_f1" else _token_accuracy(predictions, targets)
-    if kind == "regression":
-        return _regression(name, np.asarray(predictions, dtype=float), np.asarray(targets, dtype=float))
-    table = confusion(np.asarray(predictions), np.asarray(targets), len(labels))
-    match name:
-        case "accuracy":
-            return float(table.trace() / table.sum())
-        case "mcc":
-            return _mcc(table)
-        case "f1_positive":
-            return float(_f1(table)[labels.index(argument)])
+    match kind, name:
+        case "regression", _:
+            return number_score(name, predictions, targets)
+        case "tagging", "accuracy":
+            return structure_scores.tag_accuracy(predictions, targets)
+        case "tagging", _:
+            return structure_scores.tag_span_f1(labels, predictions, targets)
+        case "spans", _:
+            return structure_scores.span_f1(predictions, targets)
+        case "dependency", _:
+            return structure_scores.attachment_score(name, labels, predictions, targets)
+        case "constituency", _:
+            return structure_scores.bracket_f1(labels, predictions, targets)
+        case "srl", "predicate_f1":
+            return structure_scores.predicate_f1(predictions, targets)
+        case "srl", _:
+            return structure_scores.argument_f1(predictions, targets)
         case _:
-            left_out = argument.removeprefix("without ")
-            return float(np.mean([f1 for label, f1 in zip(labels, _f1(table), strict=True) if label != left_out]))
+            return label_score(name, argument, () if kind == "choice" else labels, predictions, targets)
 
 
-def confusion(predictions: np.ndarray, targets: np.ndarray, num_labels: int) -> np.ndarray:
-    """(C, C) counts of label numbers (n,): row = target, column = prediction."""
-    return np.bincount(targets * num_labels + predictions, minlength=num_labels**2).reshape(num_labels, num_labels)
-
-
-def _f1(table: np.ndarray) -> np.ndarray:
-    """F1 of each label, 0 for a label that is neither a target nor predicted."""
-    return 2 * table.diagonal() / np.maximum(table.sum(0) + table.sum(1), 1)
-
-
-def _mcc(table: np.ndarray) -> float:
-    """Matthews correlation for any number of labels (Gorodkin 2004); 0 when targets or predictions are constant."""
-    counts = table.astype(float)
-    n, target, predicted = counts.sum(), counts.sum(1), counts.sum(0)
-    spread = (n**2 - target @ target) * (n**2 - predicted @ predicted)
-    return float((counts.trace() * n - target @ predicted) / np.sqrt(spread)) if spread > 0 else 0.0
-
-
-def _regression(name: str, predictions: np.ndarray, targets: np.ndarray) -> float:
-    if not np.isfinite(predictions).all():
-        raise UndefinedScoreError(f"{np.sum(~np.isfinite(predictions))} of {len(predictions)} predictions are not finite")
-    if name == "mse":
-        with np.errstate(over="ignore"):
-            error = float(np.mean((predictions - targets) ** 2))
-        if not np.isfinite(error):
-            raise UndefinedScoreError("the squared error is too large for a float")
-        return error
-    for which, numbers in (("predictions", predictions), ("targets", targets)):
-        if np.all(numbers == numbers[0]):
-            raise UndefinedScoreError(f"all {len(numbers)} {which} are {numbers[0]:g}: no correlation with a constant")
-    if name == "spearman":
-        predictions, targets = stats.rankdata(predictions), stats.rankdata(targets)
-    return _pearson(predictions, targets)
-
-
-def _pearson(a: np.ndarray, b: np.ndarray) -> float:
-    a, b = a - a.mean(), b - b.mean()
-    a, b = a / np.abs(a).max(), b / np.abs(b).max()
-    return float(np.clip(a @ b / np.sqrt((a @ a) * (b @ b)), -1, 1))
-
-
-def _token_accuracy(predictions: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> float:
-    right = words = 0
-    for predicted, gold in zip(predictions, targets, strict=True):
-        words += len(gold)
-        right += sum(p == g for p, g in zip(predicted, gold, strict=True))
-    if not words:
-        raise UndefinedScoreError("no words")
-    return right / words
-
-
-def _span_f1(labels: Sequence[str], predictions: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> float:
-    """F1 over exact spans of all types together, 0 when nothing is right."""
-    plain = [label for label in labels if label != "O" and label[:2] not in ("B-", "I-")]
-    if plain or all(label == "O" for label in labels):
-        raise UndefinedScoreError(f"labels mark no spans (B-..., I-..., O), got {', '.join((plain or list(labels))[:3])}")
-    found = {(i, *span) for i, tags in enumerate(predictions) for span in spans([labels[t] if t >= 0 else "O" for t in tags])}
-    wanted = {(i, *span) for i, tags in enumerate(targets) for span in spans([labels[t] for t in tags])}
-    return 2 * len(found & wanted) / max(len(found) + len(wanted), 1)
-
-
-def spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """(type, first word, last word) of each span in BIO tags. As conlleval and seqeval's default mode have it, an I- that
-    follows O or another type begins a span."""
-    found: list[tuple[str, int, int]] = []
-    previous, start = "O", 0
-    for i, tag in enumerate([*tags, "O"]):
-        inside = tag.startswith("I-") and previous[1:] == tag[1:]
-        if previous != "O" and not inside:
-            found.append((previous[2:], start, i - 1))
-        if tag != "O" and not inside:
-            start = i
-        previous = tag
-    return found
+def _text_value(metric: str, answers: str, labels: Sequence[str], predictions: Sequence[str], targets: Sequence[Any]) -> float:
+    if similarity := _similarity(metric):
+        return text_scores.mean_over_examples(similarity, predictions, targets)
+    name, argument = metric_parts(metric)
+    if answers == "numbers":
+        numbers, gold_numbers = text_scores.numbers_of(predictions, targets)
+        if name == "invalid_rate":
+            return numbers.count(None) / len(numbers)
+        return answer_score(name, numbers, gold_numbers)
+    guesses, golds = text_scores.labels_of(labels, predictions, targets)
+    if name == "invalid_rate":
+        return guesses.count(NO_ANSWER) / len(guesses)
+    return label_score(name, argument, labels, guesses, golds)
