@@ -1,5 +1,6 @@
 """Experts start as promised, and dispatch computes the definition for every way of routing and mixing."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -8,10 +9,10 @@ from helpers import BOTH_WAYS, ROUTERS, mix_reference
 from torch import Tensor, nn
 
 from lightning_modules.config import RouterConfig
-from lightning_modules.network.backbones import FeedForward
 from lightning_modules.network.dispatch import RoutedExperts, Rows, plan_routes
 from lightning_modules.network.experts import Bottleneck, upcycle, widen
 from lightning_modules.network.routers import build_router
+from lightning_modules.network.seams import FeedForward
 
 D, F, E, TASKS = 6, 10, 4, 5
 MIXED = ((0, 0, 2), (1, 2, 3), (4, 3, 7))
@@ -127,27 +128,31 @@ def test_an_adapter_starts_as_zero_and_its_down_projection_gets_a_gradient_once_
     assert adapter.up.weight.grad is not None and adapter.up.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("multiple", [1, 2, 5])
-def test_widening_keeps_the_function(multiple: int) -> None:
+def test_widening_keeps_the_function(multiple: int, gated: bool) -> None:
     ffn = feed_forward()
-    exact = FeedForward(*_around(nn.GELU(), widen(ffn.up, ffn.down, multiple, 0.0, seed=0)))
+    if gated:
+        ffn.gate = nn.Linear(D, F, bias=False)
+    exact, noisy = copy.deepcopy(ffn), copy.deepcopy(ffn)
+    exact.up, exact.gate, exact.down = widen(ffn.up, ffn.gate, ffn.down, multiple, 0.0, seed=0)
     torch.testing.assert_close(exact(states()), ffn(states()), atol=1e-6, rtol=0)
     assert exact.up.out_features == exact.down.in_features == multiple * F
-    noisy = FeedForward(*_around(nn.GELU(), widen(ffn.up, ffn.down, multiple, 0.01, seed=0)))
+    noisy.up, noisy.gate, noisy.down = widen(ffn.up, ffn.gate, ffn.down, multiple, 0.01, seed=0)
     distance = (noisy(states()) - ffn(states())).norm() / ffn(states()).norm()
-    assert 0 < distance < 0.02
-    copies = noisy.up.weight.reshape(multiple, F, D)
-    assert all(not torch.equal(copies[0], copies[i]) for i in range(1, multiple))
-
-
-def _around(activation: nn.Module, ends: tuple[nn.Linear, nn.Linear]) -> tuple[nn.Linear, nn.Module, nn.Linear]:
-    return ends[0], activation, ends[1]
+    assert 0 < distance < 0.03
+    for linear in (noisy.up, noisy.gate):
+        if linear is not None:
+            copies = linear.weight.reshape(multiple, F, D)
+            assert all(not torch.equal(copies[0], copies[i]) for i in range(1, multiple))
 
 
 def test_a_widened_ffn_trains_as_the_experts_do_for_which_it_is_the_control() -> None:
-    ffn = feed_forward().requires_grad_(False)
-    for linear in widen(ffn.up, ffn.down, 2, 0.01, seed=0):
-        assert all(p.requires_grad for p in linear.parameters())
+    ffn = feed_forward()
+    ffn.gate = nn.Linear(D, F)
+    ffn.requires_grad_(False)
+    for linear in widen(ffn.up, ffn.gate, ffn.down, 2, 0.01, seed=0):
+        assert linear is not None and all(p.requires_grad for p in linear.parameters())
 
 
 def test_every_router_of_the_helpers_is_covered() -> None:

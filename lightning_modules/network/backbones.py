@@ -1,171 +1,294 @@
-"""Hugging Face encoders with a seam at every feed-forward sub-layer.
+"""Backbones: Hugging Face encoders and encoder-decoders with seams, and how they are built or read.
 
-Legend: B rows of the batch, S positions, d hidden width.
-
-A :class:`Seam` stands where a block computes its FFN, before dropout, residual sum and LayerNorm. Untouched, the encoder
-computes exactly what the plain Hugging Face model computes; a family puts its own modules at the seams. Such a module is
-called as ``module(hidden, handed)``, where ``handed`` is what the caller of the encoder handed over for that block: the
-encoder itself knows nothing of tasks.
+Legend: B rows of the batch, n examples, S positions, T target positions, V vocabulary, d hidden width.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, BertConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BertConfig,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    T5Config,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import logging
 
-from lightning_modules.config import BACKBONES, BackboneConfig, ConfigError
+from lightning_modules.building import ConfigError, require
+from lightning_modules.config import BACKBONES, BackboneConfig
+from lightning_modules.network.layouts import Layout, Stack, layout_of, length_limit
+from lightning_modules.network.seams import (
+    ContextSeam,
+    Handover,
+    LayerSeam,
+    Seam,
+    open_context,
+    open_ffn,
+    open_layer,
+    part,
+)
 from lightning_modules.seeds import derive
 
-
-class FeedForward(nn.Module):
-    """The FFN sub-layer ``down(activation(up(x)))``, (..., d) -> (..., d), built of the block's own linear layers."""
-
-    def __init__(self, up: nn.Linear, activation: Callable[[Tensor], Tensor], down: nn.Linear) -> None:
-        super().__init__()
-        self.up = up
-        self.activation = activation
-        self.down = down
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(..., d) -> (..., d)."""
-        return self.down(self.activation(self.up(hidden)))
+Place = Literal["ffn", "layer", "attention_output", "cross_attention_output"]
+"""Where a seam is: a block's FFN sub-layer, the whole block, before the output projection of its self-attention, or of a
+decoder block's attention to the encoder's states."""
 
 
-class Handover:
-    """What the seams of the forward in progress are handed, by block number. Hugging Face's blocks pass no arguments on to
-    their FFN, so it goes around them. A forward inside a forward has its own, and the outer one's comes back after it."""
-
-    def __init__(self) -> None:
-        self._stack: list[Mapping[int, Any]] = []
-
-    @contextmanager
-    def hold(self, handed: Mapping[int, Any]) -> Iterator[None]:
-        """Hand ``handed`` over for the duration of a ``with`` block."""
-        self._stack.append(handed)
-        try:
-            yield
-        finally:
-            self._stack.pop()
-
-    def at(self, layer: int) -> Any:
-        """What block ``layer`` is handed.
-
-        Raises:
-            RuntimeError: no forward of the encoder is in progress.
-        """
-        if not self._stack:
-            raise RuntimeError(f"the seam of block {layer} was called outside of Encoder.forward: nothing is handed to it")
-        return self._stack[-1][layer]
-
-
-class Seam(nn.Module):
-    """One block's FFN sub-layer: the FFN itself or what replaces it, and what follows it inside the residual."""
-
-    def __init__(self, layer: int, ffn: FeedForward, handover: Handover) -> None:
-        super().__init__()
-        self.layer = layer
-        self.ffn: FeedForward | None = ffn
-        self.replacement: nn.Module | None = None
-        self.follower: nn.Module | None = None
-        self._handover = handover
-
-    def take_ffn(self) -> FeedForward:
-        """The block's FFN, to be copied or widened.
-
-        Raises:
-            RuntimeError: it has been replaced already.
-        """
-        if self.ffn is None:
-            raise RuntimeError("the FFN at this seam has been replaced already")
-        return self.ffn
-
-    def replace(self, module: nn.Module) -> None:
-        """Compute ``module(hidden, handed)`` instead of the FFN, which is dropped (an idle copy would only take memory)."""
-        self.take_ffn()
-        self.ffn, self.replacement = None, module
-
-    def follow(self, module: nn.Module) -> None:
-        """Add ``module(out, handed)`` to the FFN's output ``out``."""
-        self.follower = module
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(B, S, d) -> (B, S, d)."""
-        if self.replacement is not None:
-            out = self.replacement(hidden, self._handover.at(self.layer))
-        else:
-            out = self.take_ffn()(hidden)
-        return out if self.follower is None else out + self.follower(out, self._handover.at(self.layer))
-
-
-class Encoder(nn.Module):
-    """A Hugging Face encoder whose FFN sub-layers are seams."""
+class Backbone(nn.Module):
+    """A Hugging Face encoder, or encoder and decoder, with seams. Blocks are numbered from 0, the encoder's first."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self._handover = Handover()
-        _layout(model.config).open(model, self._handover)
-        self.model = model
+        self.model: Any = model
         self.hidden_size: int = model.config.hidden_size
+        self.is_seq2seq: bool = model.config.is_encoder_decoder
+        self._layout = _known_layout(model.config)
+        self._handover = Handover()
         self._has_token_types = getattr(model.config, "type_vocab_size", 0) > 1
+        self._blocks = [
+            _Block(stack, part(model, stack.blocks), i)
+            for stack in self._layout.stacks
+            for i in range(len(part(model, stack.blocks)))
+        ]
+        self.num_blocks = len(self._blocks)
+        self.num_encoder_blocks = sum(block.stack is self._layout.stacks[0] for block in self._blocks)
+        self.seams()
+        if self.is_seq2seq:
+            # What a folder says about beams, lengths or forced tokens would mix with the trial's own settings.
+            model.generation_config = GenerationConfig(**_special_ids(model.config))
 
-    def seams(self) -> list[Seam]:
-        """The seams in block order."""
-        return [module for module in self.model.modules() if isinstance(module, Seam)]
+    @overload
+    def seams(self, place: Literal["ffn"] = "ffn") -> list[Seam]: ...
+    @overload
+    def seams(self, place: Literal["layer"]) -> list[LayerSeam]: ...
+    @overload
+    def seams(self, place: Literal["attention_output", "cross_attention_output"]) -> list[ContextSeam]: ...
+    def seams(self, place: Place = "ffn") -> list[Any]:
+        """The seams of one kind in block order: every block has one, save that only decoder blocks have a
+        ``cross_attention_output``, and a block that has been replaced as a whole has no seams within any more.
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, handed: Mapping[int, Any]) -> Tensor:
-        """(B, S) ids, mask and segment numbers (unused by architectures without them) -> (B, S, d), the last block's states.
+        Seams at the FFN are always there; those elsewhere are opened when they are asked for first.
+        """
+        found: list[Any] = []
+        for number, block in enumerate(self._blocks):
+            if place == "layer":
+                if not isinstance(block.now, LayerSeam):
+                    block.container[block.index] = open_layer(number, block.now, block.stack, self._layout, self._handover)
+                found.append(block.now)
+            elif block.original is None:
+                continue
+            elif place == "ffn":
+                found.append(open_ffn(number, block.original, block.stack.ffn, self._handover))
+            elif path := getattr(block.stack, place):
+                num_heads = getattr(self.model.config, block.stack.heads)
+                found.append(open_context(number, block.original, path, num_heads, self._handover))
+        return found
 
-        ``handed``: block number -> second argument of the module at that block's seam; {} where no module needs one.
+    def encode(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, handed: Mapping[int, Any]) -> Tensor:
+        """(B, S) ids, mask and segment numbers (unused by architectures without them) -> (B, S, d), the encoder's states.
+
+        ``handed``: block number -> second argument of the modules at that block's seams; {} where none needs one.
         """
         arguments: dict[str, Tensor] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self._has_token_types:
             arguments["token_type_ids"] = token_type_ids
+        encoder = self.model.get_encoder() if self.is_seq2seq else self.model
         with self._handover.hold(handed):
-            return self.model(**arguments).last_hidden_state
+            return encoder(**arguments).last_hidden_state
+
+    def decode(self, states: Tensor, mask: Tensor, target_ids: Tensor, handed: Mapping[int, Any]) -> Tensor:
+        """Encoder states (n, S, d), their mask (n, S) and target ids (n, T), padded with -100 -> logits (n, T, V).
+
+        Teacher forcing: position t sees the targets before t, the first one the architecture's start token. Logits at padded
+        positions mean nothing. ``handed`` is for the decoder's blocks.
+        """
+        before = self.model.prepare_decoder_input_ids_from_labels(target_ids)
+        with self._handover.hold(handed):
+            return self.model(
+                encoder_outputs=BaseModelOutput(last_hidden_state=cast(Any, states)),
+                attention_mask=mask,
+                decoder_input_ids=before,
+                use_cache=False,
+            ).logits
+
+    def generate(
+        self,
+        states: Tensor,
+        mask: Tensor,
+        handed: Mapping[int, Any],
+        *,
+        beams: int,
+        max_new_tokens: int,
+        length_penalty: float = 1.0,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """Encoder states (n, S, d) and their mask (n, S) -> the best hypotheses (n, T), T <= ``max_new_tokens``, with their
+        end token and padding behind it.
+
+        Beam search (1: greedy) without any other rule: no forced tokens (BART's first ``<s>`` is a target token that is
+        learned), no smallest length, no banned repetitions, whatever the model's folder asks for. ``handed`` is for the
+        decoder's blocks and n * ``beams`` rows, each example's beams side by side. Nothing is sampled.
+
+        Raises:
+            RuntimeError: the backbone is in training mode, where dropout would change the answers.
+        """
+        if self.training:
+            raise RuntimeError("generate needs the backbone in evaluation mode: call eval() first")
+        rules = GenerationConfig(
+            num_beams=beams,
+            max_new_tokens=max_new_tokens,
+            length_penalty=length_penalty if beams > 1 else None,
+            use_cache=use_cache,
+        )
+        # Compiled blocks expect the shapes of training; with a growing cache they would be compiled again and again.
+        with self._handover.hold(handed), torch.compiler.set_stance("force_eager"):
+            ids = self.model.generate(
+                encoder_outputs=BaseModelOutput(last_hidden_state=cast(Any, states)),
+                attention_mask=mask,
+                generation_config=rules,
+            )[:, 1:]
+        # transformers pads with end tokens where the padding id is 0.
+        special = _special_ids(self.model.config)
+        ends = torch.isin(ids, torch.tensor(special["eos_token_id"], device=ids.device))
+        return ids.masked_fill(ends.cumsum(1) - ends.int() > 0, special["pad_token_id"])
+
+    def checkpoint_gradients(self) -> None:
+        """Compute every block again in the backward instead of keeping its activations; the numbers stay the same."""
+        # An encoder has nothing to cache, and would tell so in the log.
+        self.model.config.use_cache = False
+        self.model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": self._handover.again})
+        # Only re-entrant checkpoints need inputs with a gradient; a frozen embedding shall stay one.
+        self.model.disable_input_require_grads()
+
+    def compile_blocks(self) -> None:
+        """``torch.compile`` every block, in place, for any batch and length. What families put at the seams runs as it is,
+        and so does :meth:`generate`. Call it once the seams have got their modules.
+
+        Raises:
+            ConfigError: the blocks checkpoint their gradients, which torch can not compile with a context of ours.
+        """
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                law = "does not go with backbone.gradient_checkpointing, got compile=true, gradient_checkpointing=true"
+                require(not module.gradient_checkpointing, "train.compile", law)
+                module.compile(dynamic=True)
 
 
-def seams_at(encoder: Encoder, layers: tuple[int, ...]) -> dict[int, Seam]:
-    """Block number -> seam for the blocks in ``layers`` (empty: all).
+@dataclass
+class _Block:
+    """A block's place in its stack."""
+
+    stack: Stack
+    container: nn.ModuleList
+    index: int
+
+    @property
+    def now(self) -> Any:
+        """The block, or the seam that has taken its place."""
+        return self.container[self.index]
+
+    @property
+    def original(self) -> nn.Module | None:
+        """The block as the model brought it; None: it has been replaced."""
+        if not isinstance(self.now, LayerSeam):
+            return self.now
+        return self.now.layer.block if self.now.layer else None
+
+
+def seams_at(backbone: Backbone, layers: tuple[int, ...]) -> dict[int, Seam]:
+    """Block number -> FFN seam for the blocks in ``layers`` (empty: all).
 
     Raises:
-        ConfigError: a number is beyond the encoder's last block.
+        ConfigError: a number is beyond the backbone's last block.
     """
-    seams = encoder.seams()
-    if layers and max(layers) >= len(seams):
-        raise ConfigError("model.layers", f"must be below the backbone's {len(seams)} blocks, got {list(layers)}")
-    return {layer: seams[layer] for layer in sorted(layers or range(len(seams)))}
+    count = backbone.num_blocks
+    law = f"must be below the backbone's {count} blocks, got {list(layers)}"
+    require(max(layers, default=0) < count, "model.layers", law)
+    return {seam.block: seam for seam in backbone.seams() if not layers or seam.block in layers}
 
 
-def load_backbone(config: BackboneConfig, vocab_size: int | None, seed: int) -> Encoder:
-    """The encoder that ``config`` names: built from the seed (``tiny-encoder``) or read from a folder or the Hub.
+def load_backbone(config: BackboneConfig, vocab_size: int | None, seed: int) -> Backbone:
+    """The backbone that ``config`` names: built from the seed (``tiny-encoder``, ``tiny-bart``, ``tiny-t5``) or read from a
+    folder or the Hub.
 
     ``vocab_size`` is the tokenizer's; None: the backbone's own. Weights are read from safetensors only, as float32, and no
     code that comes with a model is run.
 
     Raises:
-        ConfigError: the backbone cannot be read, lacks weights, has an architecture whose FFN is not known here, or is too
-            short or has too small a vocabulary for the inputs.
+        ConfigError: the backbone cannot be read, lacks weights, has an architecture that is not known here, or is too short
+            or has too small a vocabulary for the inputs.
     """
-    if config.name == "tiny-encoder":
+    if config.built_in:
         model = _tiny(config, vocab_size, seed)
     else:
-        model = _pretrained(config)
+        with _quiet():
+            model = _pretrained(config)
         _check_inputs(config, model.config, vocab_size)
     if config.frozen:
         model.requires_grad_(False)
-    return Encoder(model)
+    backbone = Backbone(model)
+    if config.gradient_checkpointing:
+        backbone.checkpoint_gradients()
+    return backbone
 
 
 def _tiny(config: BackboneConfig, vocab_size: int | None, seed: int) -> PreTrainedModel:
+    architecture = _tiny_architecture(config, vocab_size or config.size.vocab_size)
+    layout = _known_layout(architecture)
+    _set_dropout(architecture, layout, config.dropout)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive(seed, "backbone"))
+        return _class_for(architecture).from_config(architecture, attn_implementation=layout.attention, **layout.load)
+
+
+def _tiny_architecture(config: BackboneConfig, vocab_size: int) -> PretrainedConfig:
+    """Special tokens are those of the tokenizer that is trained with a built-in backbone: [PAD] 0, [CLS] 2, [SEP] 3. As in
+    the originals, BART starts from the end token and T5 from padding."""
     size = config.size
-    architecture = BertConfig(
-        vocab_size=vocab_size or size.vocab_size,
+    if config.name == "tiny-bart":
+        ids: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 3}
+        return BartConfig(
+            vocab_size=vocab_size,
+            d_model=size.hidden_size,
+            encoder_layers=size.num_layers,
+            decoder_layers=size.num_layers,
+            encoder_attention_heads=size.num_heads,
+            decoder_attention_heads=size.num_heads,
+            encoder_ffn_dim=size.ffn_size,
+            decoder_ffn_dim=size.ffn_size,
+            max_position_embeddings=max(config.max_length, config.max_target_length),
+            # BART's own 0.02 belongs to a width of 1024; a narrow model that starts so small hardly learns.
+            init_std=size.hidden_size**-0.5,
+            **ids,
+        )
+    if config.name == "tiny-t5":
+        ids = {"pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0}
+        return T5Config(
+            vocab_size=vocab_size,
+            d_model=size.hidden_size,
+            d_kv=size.hidden_size // size.num_heads,
+            d_ff=size.ffn_size,
+            num_layers=size.num_layers,
+            num_heads=size.num_heads,
+            **ids,
+        )
+    return BertConfig(
+        vocab_size=vocab_size,
         hidden_size=size.hidden_size,
         num_hidden_layers=size.num_layers,
         num_attention_heads=size.num_heads,
@@ -174,10 +297,6 @@ def _tiny(config: BackboneConfig, vocab_size: int | None, seed: int) -> PreTrain
         # Padding is masked everywhere, so no id needs an embedding that never trains.
         pad_token_id=None,
     )
-    _set_dropout(architecture, config.dropout)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive(seed, "backbone"))
-        return AutoModel.from_config(architecture, attn_implementation="sdpa", add_pooling_layer=False)
 
 
 def _pretrained(config: BackboneConfig) -> PreTrainedModel:
@@ -186,16 +305,17 @@ def _pretrained(config: BackboneConfig) -> PreTrainedModel:
     source: dict[str, Any] = {"revision": config.revision} if config.revision else {}
     try:
         architecture = AutoConfig.from_pretrained(config.name, trust_remote_code=False, **source)
-        layout = _layout(architecture)
-        _set_dropout(architecture, config.dropout)
-        model, report = AutoModel.from_pretrained(
+        layout = _known_layout(architecture)
+        _set_dropout(architecture, layout, config.dropout)
+        model, report = _class_for(architecture).from_pretrained(
             config.name,
             config=architecture,
             trust_remote_code=False,
             use_safetensors=True,
             dtype=torch.float32,
-            attn_implementation="sdpa",
+            attn_implementation=layout.attention,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             **source,
             **layout.load,
         )
@@ -203,69 +323,65 @@ def _pretrained(config: BackboneConfig) -> PreTrainedModel:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError("backbone.name", f"cannot read {config.name!r}: {' '.join(str(error).split())}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ConfigError("backbone.name", f"{config.name!r} lacks {len(missing)} weights of its encoder, such as {missing[0]}")
+    for fault, keys in (("lacks", "missing_keys"), ("has other sizes than its config.json for", "mismatched_keys")):
+        names = sorted(key if isinstance(key, str) else key[0] for key in report[keys])
+        law = f"{config.name!r} {fault} {len(names)} of the model's weights, such as {names[0] if names else None}"
+        require(not names, "backbone.name", law)
     return model.train()
 
 
+def _class_for(architecture: PretrainedConfig) -> Any:
+    return AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModel
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and reports from transformers: what they say is checked here and told as a ConfigError."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def _check_inputs(config: BackboneConfig, architecture: PretrainedConfig, vocab_size: int | None) -> None:
-    positions = architecture.max_position_embeddings
-    if architecture.model_type in _OFFSET_POSITIONS:
-        positions -= architecture.pad_token_id + 1
-    if config.max_length > positions:
-        raise ConfigError(
-            "backbone.max_length", f"must be at most the backbone's {positions} positions, got {config.max_length}"
-        )
+    limit = length_limit(architecture, _known_layout(architecture))
+    lengths = {"max_length": config.max_length}
+    if architecture.is_encoder_decoder:
+        lengths["max_target_length"] = config.max_target_length
+    for name, length in lengths.items():
+        law = f"must be at most the backbone's {limit} positions, got {length}"
+        require(limit is None or length <= limit, f"backbone.{name}", law)
     if vocab_size is not None and vocab_size > architecture.vocab_size:
         raise ConfigError("backbone.name", f"embeds {architecture.vocab_size} tokens, but its tokenizer has {vocab_size}")
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where an architecture keeps its FFN and what its settings are called."""
-
-    open: Callable[[PreTrainedModel, Handover], None]
-    dropouts: tuple[str, ...]
-    load: dict[str, Any]
-
-
-def _open_bert_like(model: PreTrainedModel, handover: Handover) -> None:
-    for layer, block in enumerate(cast(Any, model).encoder.layer):
-        ffn = FeedForward(block.intermediate.dense, block.intermediate.intermediate_act_fn, block.output.dense)
-        # `block.output` goes on with dropout, residual sum and LayerNorm; its linear layer now runs inside the seam.
-        block.intermediate = Seam(layer, ffn, handover)
-        block.output.dense = nn.Identity()
+def _special_ids(architecture: PretrainedConfig) -> dict[str, Any]:
+    """The ids that a decoder needs, by the names of transformers' generation settings."""
+    needed = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
+    ids = {name: getattr(architecture, name, None) for name in needed}
+    missing = [name for name, value in ids.items() if value is None]
+    require(not missing, "backbone.name", f"its config.json must name {', '.join(needed)}, got no {', '.join(missing)}")
+    return ids
 
 
-def _open_distilbert(model: PreTrainedModel, handover: Handover) -> None:
-    for layer, block in enumerate(cast(Any, model).transformer.layer):
-        ffn = FeedForward(block.ffn.lin1, block.ffn.activation, block.ffn.lin2)
-        block.ffn = nn.Sequential(Seam(layer, ffn, handover), block.ffn.dropout)
-
-
-_BERT_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-_WITH_POOLER = _Layout(_open_bert_like, _BERT_DROPOUTS, {"add_pooling_layer": False})
-_LAYOUTS: dict[str, _Layout] = {
-    "bert": _WITH_POOLER,
-    "roberta": _WITH_POOLER,
-    "xlm-roberta": _WITH_POOLER,
-    "camembert": _WITH_POOLER,
-    "electra": _Layout(_open_bert_like, _BERT_DROPOUTS, {}),
-    "distilbert": _Layout(_open_distilbert, ("dropout", "attention_dropout"), {}),
-}
-_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
-"""Their position numbers start after the padding id."""
-
-
-def _layout(architecture: PretrainedConfig) -> _Layout:
-    if architecture.model_type not in _LAYOUTS:
+def _known_layout(architecture: PretrainedConfig) -> Layout:
+    layout = layout_of(architecture)
+    if layout is None:
         raise ConfigError(
             "backbone.name", f"architecture must be one of {', '.join(BACKBONES)}, got {architecture.model_type!r}"
         )
-    return _LAYOUTS[architecture.model_type]
+    return layout
 
 
-def _set_dropout(architecture: PretrainedConfig, probability: float) -> None:
-    for name in _layout(architecture).dropouts:
+def _set_dropout(architecture: PretrainedConfig, layout: Layout, probability: float) -> None:
+    for name in layout.dropouts:
         setattr(architecture, name, probability)
+    # Blocks that are left out at random would be regularisation that no setting of a trial names.
+    for name in ("encoder_layerdrop", "decoder_layerdrop"):
+        if hasattr(architecture, name):
+            setattr(architecture, name, 0.0)

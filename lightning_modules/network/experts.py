@@ -45,28 +45,35 @@ def upcycle(module: nn.Module, noise: float, seed: int) -> nn.Module:
     return expert
 
 
-def widen(up: nn.Linear, down: nn.Linear, multiple: int, noise: float, seed: int) -> tuple[nn.Linear, nn.Linear]:
-    """``multiple`` copies of every hidden unit of ``down(activation(up(x)))``, (f, d) and (d, f) -> (multiple f, d) and
-    (d, multiple f).
+def widen(
+    up: nn.Linear, gate: nn.Linear | None, down: nn.Linear, multiple: int, noise: float, seed: int
+) -> tuple[nn.Linear, nn.Linear | None, nn.Linear]:
+    """``multiple`` copies of every hidden unit of ``down(activation(up(x)) [* gate(x)])``: up and gate (f, d) ->
+    (multiple f, d), down (d, f) -> (d, multiple f).
 
     Each copy hands on 1/multiple of the unit's output, so the function stays (Net2Net, Chen et al. 2016). ``noise``,
     relative to each tensor's standard deviation, lets the copies drift apart; without it they would stay equal. The result
     trains even in a frozen encoder, as the experts do for which it is the control.
     """
-    hidden, width = up.in_features, up.out_features * multiple
-    wide_up = nn.Linear(hidden, width, bias=up.bias is not None)
-    wide_down = nn.Linear(width, down.out_features, bias=down.bias is not None)
     generator = torch.Generator().manual_seed(seed)
+    wide_down = nn.Linear(down.in_features * multiple, down.out_features, bias=down.bias is not None)
     with torch.no_grad():
-        wide_up.weight.copy_(up.weight.repeat(multiple, 1))
+        wide_up = _repeat_units(up, multiple, noise, generator)
+        wide_gate = None if gate is None else _repeat_units(gate, multiple, noise, generator)
         wide_down.weight.copy_(down.weight.repeat(1, multiple) / multiple)
-        if up.bias is not None:
-            wide_up.bias.copy_(up.bias.repeat(multiple))
         if down.bias is not None:
             wide_down.bias.copy_(down.bias)
-        for weight in (wide_up.weight, wide_down.weight):
-            _perturb(weight, noise, generator)
-    return wide_up, wide_down
+        _perturb(wide_down.weight, noise, generator)
+    return wide_up, wide_gate, wide_down
+
+
+def _repeat_units(linear: nn.Linear, multiple: int, noise: float, generator: torch.Generator) -> nn.Linear:
+    wide = nn.Linear(linear.in_features, linear.out_features * multiple, bias=linear.bias is not None)
+    wide.weight.copy_(linear.weight.repeat(multiple, 1))
+    if linear.bias is not None:
+        wide.bias.copy_(linear.bias.repeat(multiple))
+    _perturb(wide.weight, noise, generator)
+    return wide
 
 
 def _perturb(tensor: Tensor, noise: float, generator: torch.Generator) -> None:

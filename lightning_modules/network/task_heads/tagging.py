@@ -1,32 +1,46 @@
 """One tag per word."""
 
-import torch
+from typing import NamedTuple
+
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_modules.network.task_heads.base import TaskHead
+from lightning_modules.network.task_heads.base import HeadSpec, States, TaskHead, linear
+
+
+class Scores(NamedTuple):
+    """Scores of C outcomes at several places of n examples: words, or spans."""
+
+    scores: Tensor
+    """(n, ..., C)."""
+    mask: Tensor
+    """(n, ...) bool, the places that an example has; the scores of the others mean nothing."""
+
+
+def mean_cross_entropy(outputs: Scores, targets: Tensor) -> Tensor:
+    """Mean over each example's places with a target (n, ...) that is not -100; 0 for an example without any -> (n,)."""
+    targets = targets.masked_fill(~outputs.mask, -100).flatten(1)
+    losses = functional.cross_entropy(outputs.scores.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
+    return losses.sum(-1) / (targets >= 0).sum(-1).clamp_min(1)
 
 
 class TaggingHead(TaskHead):
-    """Logits (n, S, C) for words 0 to S - 1 (a text of S tokens has at most S words), from the mean of each word's subwords.
+    """Logits (n, W, C) for the words that the model has read, from the mean of each word's subwords."""
 
-    Rows beyond an example's last word hold the linear layer's bias and mean nothing.
-    """
+    def __init__(self, hidden_size: int, spec: HeadSpec) -> None:
+        super().__init__(hidden_size, spec)
+        self.linear = linear(hidden_size, spec.num_labels, self.generator)
 
-    def pool(self, hidden: Tensor, attention_mask: Tensor, word_index: Tensor) -> Tensor:
-        """The mean state of each word's subwords, (n, S, d) -> (n, S, d) with words in place of positions."""
-        # A matrix product, not scatter_add: on a GPU the order of scatter_add's sums changes from run to run.
-        words = torch.arange(word_index.shape[1], device=word_index.device)
-        belongs = (word_index[:, None, :] == words[None, :, None]).to(hidden.dtype)
-        return (belongs @ hidden) / belongs.sum(-1, keepdim=True).clamp_min(1)
+    def outputs(self, hidden: Tensor, states: States) -> Scores:
+        """(n, S, d) -> logits (n, W, C) and the words (n, W) that have been read."""
+        return Scores(self.linear(states.word_states(hidden)), states.word_mask)
 
-    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of logits (n, S, C) with tags (n, W), W <= S, -100: no word; mean over each example's words -> (n,)."""
-        logits = outputs[:, : labels.shape[1]].transpose(1, 2)
-        losses = functional.cross_entropy(logits, labels, reduction="none")
-        return losses.sum(-1) / (labels >= 0).sum(-1).clamp_min(1)
+    def loss(self, outputs: Scores, labels: Tensor) -> Tensor:
+        """Cross-entropy with tags (n, any number of words), mean over each example's words that have been read -> (n,)."""
+        width = outputs.mask.shape[1]
+        return mean_cross_entropy(outputs, functional.pad(labels, (0, width - labels.shape[1]), value=-100))
 
-    def predict(self, outputs: Tensor, word_index: Tensor) -> list[list[int]]:
-        """The most probable tag's number for each word that has a token left in ``word_index`` (n, S)."""
-        counts = (word_index.amax(-1) + 1).tolist()
-        return [tags[:count] for tags, count in zip(outputs.argmax(-1).tolist(), counts, strict=True)]
+    def predict(self, outputs: Scores) -> list[list[int]]:
+        """The most probable tag's number for each word that has been read."""
+        counts = outputs.mask.sum(-1).tolist()
+        return [tags[:count] for tags, count in zip(outputs.scores.argmax(-1).tolist(), counts, strict=True)]
