@@ -1,22 +1,21 @@
 """Every setting of one trial: frozen, keyword-only dataclasses. This file is the manual of the keys under ``trial:``.
 
 No torch here: planning a sweep imports this file and must answer in about a second.
-Values are checked where they are stored (``__post_init__``); :func:`build` turns a plain mapping (YAML) into these
-classes and reports every mistake as a :class:`ConfigError` with the key path, the law and the value.
+Values are checked where they are stored (``__post_init__``); :func:`lightning_modules.building.build` turns a plain mapping
+(YAML) into these classes and reports every mistake as a :class:`ConfigError` with the key path, the law and the value.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import math
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-NUMERICS_VERSION = 1
+from lightning_modules.building import require
+
+NUMERICS_VERSION = 2
 """Part of every trial's identity. Raise it when a change to the code alters a trial's numbers
 (the golden losses in ``tests/golden`` fail when it should have been raised)."""
 
@@ -24,32 +23,15 @@ NOT_IN_IDENTITY = ("train.log_every", "train.checkpoint_every")
 """Key paths that cannot change a trial's scores, so they are left out of its id."""
 
 
-class ConfigError(ValueError):
-    """A setting breaks a law. ``key`` is the dotted path of the culprit, ``law`` says what must hold and what was given."""
-
-    def __init__(self, key: str, law: str) -> None:
-        super().__init__(f"{key}: {law}" if key else law)
-        self.key = key
-        self.law = law
-
-    def under(self, prefix: str) -> "ConfigError":
-        """The same error, its key path seen from one level further out."""
-        return ConfigError(f"{prefix}.{self.key}" if self.key else prefix, self.law)
-
-
-def _require(condition: bool, key: str, law: str) -> None:
-    if not condition:
-        raise ConfigError(key, law)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TinySizeConfig:
-    """Sizes of the built-in ``tiny-encoder``: a BERT encoder built from a config, initialised from the seed."""
+    """Sizes of the built-in backbones (``tiny-encoder``: BERT, ``tiny-bart``, ``tiny-t5``), built from a config and
+    initialised from the seed."""
 
     hidden_size: int = 64
     """Width d of the residual stream."""
     num_layers: int = 2
-    """Number of transformer blocks."""
+    """Number of transformer blocks; of ``tiny-bart`` and ``tiny-t5``: in the encoder, and as many in the decoder."""
     num_heads: int = 4
     """Attention heads per block; divides ``hidden_size``."""
     ffn_size: int = 128
@@ -62,45 +44,72 @@ class TinySizeConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_layers", "num_heads", "ffn_size"):
-            _require(getattr(self, name) >= 1, name, f"must be at least 1, got {getattr(self, name)}")
-        _require(
+            require(getattr(self, name) >= 1, name, f"must be at least 1, got {getattr(self, name)}")
+        require(
             self.vocab_size >= 300,
             "vocab_size",
             f"must be at least 300 (256 bytes and 5 special tokens), got {self.vocab_size}",
         )
-        _require(
+        require(
             self.hidden_size % self.num_heads == 0,
             "num_heads",
             f"must divide hidden_size, got num_heads={self.num_heads}, hidden_size={self.hidden_size}",
         )
 
 
+BUILT_IN = ("tiny-encoder", "tiny-bart", "tiny-t5")
+"""Backbones that are built from a config: no download, weights from the seed."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackboneConfig:
-    """The shared encoder."""
+    """The shared model: an encoder, or an encoder and a decoder (``text2text`` tasks need one)."""
 
     name: str = "tiny-encoder"
-    """``tiny-encoder``, a folder with a Hugging Face encoder and its tokenizer, or a Hub id."""
+    """``tiny-encoder``, ``tiny-bart`` or ``tiny-t5`` (built from ``size``), a folder with a Hugging Face model and its
+    tokenizer, or a Hub id. :data:`BACKBONES` lists the architectures."""
     revision: str | None = None
     """Commit of a Hub model; required for a Hub id (a branch can change under a trial's id)."""
     size: TinySizeConfig = field(default_factory=TinySizeConfig)
-    """Sizes of ``tiny-encoder``; any other backbone brings its own."""
+    """Sizes of the built-in backbones; any other brings its own."""
     max_length: int = 128
-    """Longest input in tokens, special tokens included; what is cut is counted and logged."""
+    """Tokens that the model reads at once, special tokens included. A longer input is read in several windows of this
+    length, whose states are put together before the head (or the decoder) reads them."""
+    window_overlap: float = 0.25
+    """Share of a window that the next one reads again, so that every token has context on both sides; each token's state is
+    taken from the window in which it stands further from the edge."""
+    max_windows: int = 8
+    """Windows of one input at most. Tokens beyond are cut, counted in the result and told in the log."""
+    max_target_length: int = 64
+    """Tokens of a ``text2text`` target that training and generation reach; longer targets are cut and counted."""
+    pooling: Literal["first", "mean"] = "first"
+    """What the heads of classification, regression and choice read: the first token's state (of a long input: the mean over
+    its windows' first tokens), or the mean over all tokens."""
     dropout: float = 0.1
-    """Dropout probability inside the encoder and before the heads."""
+    """Dropout probability inside the backbone and before the heads."""
     frozen: bool = False
-    """Keep the encoder's own weights fixed: only heads, experts, adapters and routers train."""
+    """Keep the backbone's own weights fixed: only heads, experts, adapters and routers train."""
+    gradient_checkpointing: bool = False
+    """Compute the blocks' activations again in the backward instead of keeping them: less memory, more time, same numbers."""
 
     def __post_init__(self) -> None:
-        _require(self.max_length >= 8, "max_length", f"must be at least 8, got {self.max_length}")
-        _require(0 <= self.dropout < 1, "dropout", f"must be in [0, 1), got {self.dropout}")
-        if self.name != "tiny-encoder":
+        require(self.max_length >= 8, "max_length", f"must be at least 8, got {self.max_length}")
+        require(0 <= self.window_overlap <= 0.5, "window_overlap", f"must be in [0, 0.5], got {self.window_overlap}")
+        require(self.max_windows >= 1, "max_windows", f"must be at least 1, got {self.max_windows}")
+        require(self.max_target_length >= 2, "max_target_length", f"must be at least 2, got {self.max_target_length}")
+        require(0 <= self.dropout < 1, "dropout", f"must be in [0, 1), got {self.dropout}")
+        if self.built_in:
+            require(self.revision is None, "revision", f"{self.name} has no revision")
+        else:
             default = TinySizeConfig()
             changed = [f.name for f in fields(TinySizeConfig) if getattr(self.size, f.name) != getattr(default, f.name)]
-            _require(not changed, "size", f"applies to tiny-encoder only, but name={self.name!r} and {', '.join(changed)} set")
-        else:
-            _require(self.revision is None, "revision", "tiny-encoder has no revision")
+            law = f"applies to {', '.join(BUILT_IN)} only, but name={self.name!r} and {', '.join(changed)} set"
+            require(not changed, "size", law)
+
+    @property
+    def built_in(self) -> bool:
+        """Whether it is built from ``size`` rather than read from a folder or the Hub."""
+        return self.name in BUILT_IN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,13 +137,13 @@ class RouterConfig:
     """Weight of -I(task; expert) over the step's tasks (Mod-Squad): balanced over tasks, sharp for each."""
 
     def __post_init__(self) -> None:
-        _require(self.top_k >= 1, "top_k", f"must be at least 1, got {self.top_k}")
-        _require(self.temperature > 0, "temperature", f"must be positive, got {self.temperature}")
-        _require(self.init_std >= 0, "init_std", f"must not be negative, got {self.init_std}")
-        _require(self.lr_scale >= 0, "lr_scale", f"must not be negative, got {self.lr_scale}")
-        _require(self.mutual_information >= 0, "mutual_information", f"must not be negative, got {self.mutual_information}")
+        require(self.top_k >= 1, "top_k", f"must be at least 1, got {self.top_k}")
+        require(self.temperature > 0, "temperature", f"must be positive, got {self.temperature}")
+        require(self.init_std >= 0, "init_std", f"must not be negative, got {self.init_std}")
+        require(self.lr_scale >= 0, "lr_scale", f"must not be negative, got {self.lr_scale}")
+        require(self.mutual_information >= 0, "mutual_information", f"must not be negative, got {self.mutual_information}")
         if self.kind == "task" and self.selection == "top_k":
-            _require(
+            require(
                 self.init_std > 0,
                 "init_std",
                 "must be positive for a learned top_k router: equal logits send every task to the same expert",
@@ -146,7 +155,7 @@ class RouterConfig:
         """A fixed router has nothing to learn, and its kind says how many experts it weighs."""
         for name, default in (("mutual_information", 0.0), ("temperature", 1.0), ("init_std", 0.02), ("lr_scale", 10.0)):
             value = getattr(self, name)
-            _require(value == default, name, f"applies to kind: task only, got kind={self.kind!r}, {name}={value}")
+            require(value == default, name, f"applies to kind: task only, got kind={self.kind!r}, {name}={value}")
         object.__setattr__(self, "selection", "soft" if self.kind == "uniform" else "top_k")
         object.__setattr__(self, "top_k", 1)
 
@@ -164,7 +173,7 @@ class DenseConfig:
     """Blocks that are widened, 0-based; empty: all."""
 
     def __post_init__(self) -> None:
-        _require(self.ffn_multiple >= 1, "ffn_multiple", f"must be at least 1, got {self.ffn_multiple}")
+        require(self.ffn_multiple >= 1, "ffn_multiple", f"must be at least 1, got {self.ffn_multiple}")
         _check_layers(self.layers)
 
 
@@ -185,7 +194,7 @@ class TaskMoEConfig:
     def __post_init__(self) -> None:
         _check_experts(self.num_experts, self.router)
         _check_layers(self.layers)
-        _require(self.expert_noise >= 0, "expert_noise", f"must not be negative, got {self.expert_noise}")
+        require(self.expert_noise >= 0, "expert_noise", f"must not be negative, got {self.expert_noise}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,24 +214,27 @@ class AdapterMoEConfig:
     def __post_init__(self) -> None:
         _check_experts(self.num_experts, self.router)
         _check_layers(self.layers)
-        _require(self.bottleneck >= 1, "bottleneck", f"must be at least 1, got {self.bottleneck}")
+        require(self.bottleneck >= 1, "bottleneck", f"must be at least 1, got {self.bottleneck}")
 
 
 ModelConfig = DenseConfig | TaskMoEConfig | AdapterMoEConfig
-BACKBONES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
-"""Architectures (Hugging Face's ``model_type``) whose feed-forward sub-layers we know how to reach."""
+ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta-v2", "distilbert", "modernbert")
+"""Encoder architectures (Hugging Face's ``model_type``) whose seams we know; DeBERTa-v3 is a ``deberta-v2``."""
+SEQ2SEQ = ("bart", "t5")
+"""Encoder-decoder architectures whose seams we know. Only these can train ``text2text`` tasks."""
+BACKBONES = (*ENCODERS, *SEQ2SEQ)
 FAMILIES: dict[str, type] = {"dense": DenseConfig, "task_moe": TaskMoEConfig, "adapter_moe": AdapterMoEConfig}
 
 
 def _check_layers(layers: tuple[int, ...]) -> None:
-    _require(all(i >= 0 for i in layers), "layers", f"must be block numbers from 0, got {list(layers)}")
-    _require(len(set(layers)) == len(layers), "layers", f"must name each block once, got {list(layers)}")
+    require(all(i >= 0 for i in layers), "layers", f"must be block numbers from 0, got {list(layers)}")
+    require(len(set(layers)) == len(layers), "layers", f"must name each block once, got {list(layers)}")
 
 
 def _check_experts(num_experts: int, router: RouterConfig) -> None:
-    _require(num_experts >= 1, "num_experts", f"must be at least 1, got {num_experts}")
+    require(num_experts >= 1, "num_experts", f"must be at least 1, got {num_experts}")
     if router.selection == "top_k":
-        _require(
+        require(
             router.top_k <= num_experts,
             "router.top_k",
             f"must be in 1..num_experts, got top_k={router.top_k}, num_experts={num_experts}",
@@ -237,64 +249,167 @@ class MixtureConfig:
     """Task names or patterns (``planted/*``), by category (``category:sentiment/*``) or kind (``kind:tagging``); a leading
     ``!`` takes matches out again. The plan replaces patterns by the names they stand for, in catalogue order."""
     batch_size: int = 64
-    """Examples per optimiser step, over all workers."""
+    """Examples per optimiser step, over all workers. Not read where ``batch_tokens`` is set."""
+    batch_tokens: int | None = None
+    """Token budget per optimiser step instead of a number of examples: each group holds as many examples of its task, of
+    similar length, as fit into ``batch_tokens / tasks_per_step`` tokens with their padding. None: ``batch_size`` counts."""
+    bucketing: bool = True
+    """Cut groups from examples of similar length (less padding). False: as the shuffled epoch comes."""
     tasks_per_step: int = 4
     """Groups of one task each that make up a step; divides ``batch_size``. A group holds ``batch_size / tasks_per_step``
     examples of one task, of similar length."""
     batching: Literal["single_task", "mixed"] = "single_task"
     """``single_task``: one forward and backward per group, gradients accumulated. ``mixed``: all groups of a step in one
     forward, rows sorted by task. Same examples and, dropout aside, the same gradients."""
-    sampling: Literal["proportional", "temperature", "uniform", "capped"] = "temperature"
-    """Share of task t: n_t (proportional), n_t^(1/temperature), equal (uniform), or min(n_t, cap) (capped)."""
+    sampling: Literal["proportional", "temperature", "uniform", "capped", "unimax", "weights", "adaptive"] = "temperature"
+    """Share of task t: n_t (proportional), n_t^(1/temperature), equal (uniform), min(n_t, cap) (capped), equal but no task
+    repeated more than ``max_epochs`` times (unimax; Chung et al. 2023), ``weights``, or learned while training (adaptive:
+    the bandit of Albalak et al. 2023, online data mixing, which draws tasks with a high loss more often)."""
     temperature: float = 2.0
     """Exponent 1/temperature of ``sampling: temperature``; 1 is proportional, large is uniform."""
     cap: int | None = None
     """Size limit K of ``sampling: capped`` (examples-proportional mixing of T5)."""
+    max_epochs: float | None = None
+    """Passes over its training examples that ``sampling: unimax`` allows a task."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Task name or pattern -> relative share, of ``sampling: weights``; every trained task must have one."""
+    adapt_every: int | None = None
+    """Steps between two changes of the shares of ``sampling: adaptive``."""
     low_resource: Mapping[str, int] = field(default_factory=dict)
-    """Task name or pattern -> training examples kept (a fixed subset: a smaller n is part of a larger one)."""
+    """Role ``low_resource``: task name or pattern -> training examples kept (a fixed subset: a smaller n is part of a larger
+    one)."""
+    held_out: tuple[str, ...] = ()
+    """Role ``held_out``: names or patterns of tasks that are scored, but never trained on (``text2text`` only: any other kind
+    has a head of its own that would never train)."""
+    unrelated: tuple[str, ...] = ()
+    """Role ``unrelated``: names or patterns of tasks that train like the others, but serve as a control: they are compared as
+    a group of their own and left out of the means over tasks."""
 
     def __post_init__(self) -> None:
-        _require(self.tasks_per_step >= 1, "tasks_per_step", f"must be at least 1, got {self.tasks_per_step}")
-        _require(
+        require(self.tasks_per_step >= 1, "tasks_per_step", f"must be at least 1, got {self.tasks_per_step}")
+        require(
             self.batch_size >= 1 and self.batch_size % self.tasks_per_step == 0,
             "batch_size",
             "must be a positive multiple of tasks_per_step, "
             f"got batch_size={self.batch_size}, tasks_per_step={self.tasks_per_step}",
         )
-        _require(self.temperature > 0, "temperature", f"must be positive, got {self.temperature}")
-        _require(
-            self.sampling == "temperature" or self.temperature == 2.0,
-            "temperature",
-            f"applies to sampling: temperature only, got sampling={self.sampling!r}, temperature={self.temperature}",
+        require(self.temperature > 0, "temperature", f"must be positive, got {self.temperature}")
+        require(
+            self.batch_tokens is None or self.batch_tokens >= self.tasks_per_step,
+            "batch_tokens",
+            f"must be at least tasks_per_step, got batch_tokens={self.batch_tokens}, tasks_per_step={self.tasks_per_step}",
         )
-        if self.sampling == "capped":
-            _require(self.cap is not None and self.cap >= 1, "cap", f"must be at least 1 for sampling: capped, got {self.cap}")
-        else:
-            _require(
-                self.cap is None, "cap", f"applies to sampling: capped only, got sampling={self.sampling!r}, cap={self.cap}"
-            )
+        self._check_rule()
         for name, n in self.low_resource.items():
-            _require(n >= 1, f"low_resource.{name}", f"must be at least 1 example, got {n}")
+            require(n >= 1, f"low_resource.{name}", f"must be at least 1 example, got {n}")
+
+    def _check_rule(self) -> None:
+        """Each sampling rule has its own settings; those of another one must stay at their defaults."""
+        rules: dict[str, tuple[str, Any]] = {
+            "temperature": ("temperature", 2.0),
+            "cap": ("capped", None),
+            "max_epochs": ("unimax", None),
+            "weights": ("weights", {}),
+            "adapt_every": ("adaptive", None),
+        }
+        for name, (rule, default) in rules.items():
+            value = getattr(self, name)
+            law = f"applies to sampling: {rule} only, got sampling={self.sampling!r}, {name}={value}"
+            require(self.sampling == rule or value == default, name, law)
+        for name in ("cap", "adapt_every"):
+            value, rule = getattr(self, name), rules[name][0]
+            if self.sampling == rule:
+                require(value is not None and value >= 1, name, f"must be at least 1 for sampling: {rule}, got {value}")
+        if self.sampling == "unimax":
+            law = f"must be positive for sampling: unimax, got {self.max_epochs}"
+            require(self.max_epochs is not None and self.max_epochs > 0, "max_epochs", law)
+            law = f"must be null with sampling: unimax, whose plan counts examples, got {self.batch_tokens}"
+            require(self.batch_tokens is None, "batch_tokens", law)
+        if self.sampling == "weights":
+            require(bool(self.weights), "weights", "must give every task a share for sampling: weights, got none")
+        for name, weight in self.weights.items():
+            require(weight > 0, f"weights.{name}", f"must be positive, got {weight}")
 
     @property
     def group_size(self) -> int:
-        """Examples of one task in one group of a step."""
+        """Examples of one task in one group of a step (without ``batch_tokens``)."""
         return self.batch_size // self.tasks_per_step
+
+    @property
+    def group_tokens(self) -> int | None:
+        """Tokens, padding included, of one group of a step with ``batch_tokens``."""
+        return None if self.batch_tokens is None else self.batch_tokens // self.tasks_per_step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """How much of each task is used."""
 
+    form: Literal["native", "text2text"] = "native"
+    """``native``: each task as its kind says. ``text2text``: classification, regression and choice tasks are posed as text to
+    text too (their catalogue entry's ``prompt``, or the one of their kind)."""
+    few_shot: int | None = None
+    """Train on k examples per class (other kinds: 2 k in all), and select on as many of dev; None: all. A draw's sample of a
+    smaller k is part of that of a larger one."""
+    draw: int = 0
+    """Which of the five few-shot samples (0 to 4; the CrossFit gym has as many)."""
     max_train: int | None = None
     """At most this many training examples per task (a fixed subset), None: all."""
     max_eval: int | None = None
     """At most this many dev and test examples per task (a fixed subset), None: all."""
 
     def __post_init__(self) -> None:
-        for name in ("max_train", "max_eval"):
+        for name in ("few_shot", "max_train", "max_eval"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, f"must be at least 1, got {value}")
+            require(value is None or value >= 1, name, f"must be at least 1, got {value}")
+        require(0 <= self.draw <= 4, "draw", f"must be in 0..4, got {self.draw}")
+        law = f"applies with few_shot only, got few_shot=null, draw={self.draw}"
+        require(self.few_shot is not None or self.draw == 0, "draw", law)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadsConfig:
+    """Sizes of the task heads and how they decode. Defaults: the decoders of specs/interference.md A2."""
+
+    dropout: float = 0.33
+    """Dropout inside the MLPs of the structured heads (spans, dependency, constituency, srl)."""
+    spans: Literal["biaffine", "bio"] = "biaffine"
+    """Named entities by scoring every span (Yu et al. 2020) or by BIO tags."""
+    span_size: int = 150
+    """Width of the start and end projections of ``spans`` and of the span and predicate projections of ``srl``."""
+    arc_size: int = 500
+    """Width of the arc MLPs of ``dependency`` and of the span MLPs of ``constituency``."""
+    label_size: int = 100
+    """Width of the label MLPs of ``dependency``, ``constituency`` and ``srl``."""
+    tree: Literal["projective", "nonprojective", "greedy"] = "nonprojective"
+    """How ``dependency`` decodes: the best projective tree (Eisner), the best tree (Chu-Liu/Edmonds), or each word's best head
+    (no tree guaranteed)."""
+    srl_max_width: int = 30
+    """Longest argument, in words."""
+    srl_argument_ratio: float = 0.8
+    """Arguments kept for scoring, as a share of the words."""
+    srl_predicate_ratio: float = 0.4
+    """Predicates kept for scoring, as a share of the words."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.dropout < 1, "dropout", f"must be in [0, 1), got {self.dropout}")
+        for name in ("span_size", "arc_size", "label_size", "srl_max_width"):
+            require(getattr(self, name) >= 1, name, f"must be at least 1, got {getattr(self, name)}")
+        for name in ("srl_argument_ratio", "srl_predicate_ratio"):
+            require(getattr(self, name) > 0, name, f"must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationConfig:
+    """How ``text2text`` answers are generated when scoring. Deterministic."""
+
+    beams: int = 4
+    """Width of the beam search; 1: greedy."""
+    length_penalty: float = 1.0
+    """A hypothesis is ranked by its log-probability over its length to this power."""
+
+    def __post_init__(self) -> None:
+        require(self.beams >= 1, "beams", f"must be at least 1, got {self.beams}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -305,6 +420,14 @@ class TrainConfig:
     """Optimiser steps."""
     lr: float = 1e-3
     """Peak learning rate."""
+    head_lr_scale: float = 1.0
+    """Learning rate of the task heads relative to ``lr`` (He and Choi: 20, encoder 5e-5 and decoders 1e-3)."""
+    loss_weighting: Literal["uniform", "size", "balance", "uncertainty"] = "uniform"
+    """Weight of task t's loss: 1; n_t over the mean n (size); (sum_k L_k) / (T L_t) with L the mean of a task's last 5 losses
+    (balance, He and Choi's moving average, here with mean weight about 1); or learned, exp(-s_t) L_t + s_t / 2 (uncertainty;
+    Kendall et al. 2018)."""
+    label_smoothing: float = 0.0
+    """Share of a ``text2text`` target's probability that is spread over the vocabulary."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """After warm-up: to zero linearly, to zero along a cosine, or unchanged."""
     warmup: float = 0.06
@@ -323,15 +446,19 @@ class TrainConfig:
     """Write a checkpoint every this many steps."""
     eval_batch_size: int = 256
     """Examples per forward when scoring."""
+    compile: bool = False
+    """``torch.compile`` the backbone; worth it for long trials only (it needs a C++ compiler on a CPU)."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "checkpoint_every", "eval_batch_size"):
-            _require(getattr(self, name) >= 1, name, f"must be at least 1, got {getattr(self, name)}")
-        _require(self.eval_every is None or self.eval_every >= 1, "eval_every", f"must be at least 1, got {self.eval_every}")
-        _require(self.lr > 0, "lr", f"must be positive, got {self.lr}")
-        _require(0 <= self.warmup < 1, "warmup", f"must be in [0, 1), got {self.warmup}")
-        _require(self.weight_decay >= 0, "weight_decay", f"must not be negative, got {self.weight_decay}")
-        _require(self.clip is None or self.clip > 0, "clip", f"must be positive, got {self.clip}")
+            require(getattr(self, name) >= 1, name, f"must be at least 1, got {getattr(self, name)}")
+        require(self.eval_every is None or self.eval_every >= 1, "eval_every", f"must be at least 1, got {self.eval_every}")
+        require(self.lr > 0, "lr", f"must be positive, got {self.lr}")
+        require(self.head_lr_scale > 0, "head_lr_scale", f"must be positive, got {self.head_lr_scale}")
+        require(0 <= self.label_smoothing < 1, "label_smoothing", f"must be in [0, 1), got {self.label_smoothing}")
+        require(0 <= self.warmup < 1, "warmup", f"must be in [0, 1), got {self.warmup}")
+        require(self.weight_decay >= 0, "weight_decay", f"must not be negative, got {self.weight_decay}")
+        require(self.clip is None or self.clip > 0, "clip", f"must be positive, got {self.clip}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -342,6 +469,8 @@ class TrialConfig:
     model: ModelConfig = field(default_factory=DenseConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    heads: HeadsConfig = field(default_factory=HeadsConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = 0
     """Drives initialisation, data order, dropout and random routes."""
@@ -350,15 +479,14 @@ class TrialConfig:
     The plan fills it in; it is not set by hand."""
 
     def __post_init__(self) -> None:
-        _require(self.seed >= 0, "seed", f"must not be negative, got {self.seed}")
+        require(self.seed >= 0, "seed", f"must not be negative, got {self.seed}")
         layers = getattr(self.model, "layers", ())
-        if self.backbone.name == "tiny-encoder" and layers:
-            _require(
-                max(layers) < self.backbone.size.num_layers,
-                "model.layers",
-                "must be below backbone.size.num_layers, "
-                f"got layers={list(layers)}, num_layers={self.backbone.size.num_layers}",
-            )
+        law = "cannot compile a backbone that computes its activations again (backbone.gradient_checkpointing), got true"
+        require(not (self.train.compile and self.backbone.gradient_checkpointing), "train.compile", law)
+        if self.backbone.built_in and layers:
+            blocks = self.backbone.size.num_layers * (1 if self.backbone.name == "tiny-encoder" else 2)
+            law = f"must be below the backbone's {blocks} blocks, got layers={list(layers)}"
+            require(max(layers) < blocks, "model.layers", law)
 
     @property
     def trial_id(self) -> str:
@@ -433,90 +561,3 @@ def flatten(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[path] = value
     return flat
-
-
-def build(cls: Any, value: Any, key: str = "") -> Any:
-    """``value`` (plain YAML data) as an instance of ``cls``, checked.
-
-    ``cls`` is one of this file's dataclasses or any annotation they use (``int``, ``float | None``, ``Literal[...]``,
-    ``tuple[str, ...]``, ``Mapping[str, int]``). A union of dataclasses is chosen by the value's ``family``.
-
-    Raises:
-        ConfigError: unknown key (with the nearest names), wrong type, or a law of the class broken; its ``key`` starts with
-            ``key``.
-    """
-    if dataclasses.is_dataclass(cls):
-        return _build_dataclass(cls, value, key)
-    origin, args = get_origin(cls), get_args(cls)
-    if origin in (Union, types.UnionType):
-        return _build_union(args, value, key)
-    if origin is Literal:
-        _require(value in args, key, f"must be one of {', '.join(map(str, args))}, got {value!r}")
-        return value
-    if origin is tuple:
-        _require(isinstance(value, (list, tuple)), key, f"must be a list, got {value!r}")
-        return tuple(build(args[0], v, f"{key}[{i}]") for i, v in enumerate(value))
-    if origin is Mapping:
-        _require(isinstance(value, Mapping), key, f"must be a mapping, got {value!r}")
-        return {build(args[0], k, key): build(args[1], v, f"{key}.{k}") for k, v in value.items()}
-    if cls is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if cls is Any:
-        return value
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
-    _require(type(value) is cls, key, f"must be {names[cls]}, got {value!r}")
-    _require(cls is not float or math.isfinite(value), key, f"must be finite, got {value!r}")
-    return value
-
-
-def _build_union(options: tuple[Any, ...], value: Any, key: str) -> Any:
-    if value is None and types.NoneType in options:
-        return None
-    options = tuple(o for o in options if o is not types.NoneType)
-    if all(dataclasses.is_dataclass(o) for o in options):
-        if any(isinstance(value, o) for o in options):
-            return value
-        if not isinstance(value, Mapping):
-            raise ConfigError(key, f"must be a mapping, got {value!r}")
-        family = value.get("family", "dense")
-        path = f"{key}.family" if key else "family"
-        _require(isinstance(family, str) and family in FAMILIES, path, f"must be one of {', '.join(FAMILIES)}, got {family!r}")
-        return _build_dataclass(FAMILIES[family], value, key)
-    errors = []
-    for option in options:
-        try:
-            return build(option, value, key)
-        except ConfigError as error:
-            errors.append(error.law)
-    raise ConfigError(key, " or ".join(errors))
-
-
-def _build_dataclass(cls: Any, value: Any, key: str) -> Any:
-    if isinstance(value, cls):
-        return value
-    _require(isinstance(value, Mapping), key, f"must be a mapping, got {value!r}")
-    hints = get_type_hints(cls)
-    names = [f.name for f in fields(cls)]
-    prefix = f"{key}." if key else ""
-    for name in value:
-        if name not in names:
-            near = difflib.get_close_matches(str(name), names, 3, 0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"keys here: {', '.join(names)}"
-            raise ConfigError(f"{prefix}{name}", f"unknown key; {hint}")
-    defaults = {f.name: f.default_factory() for f in fields(cls) if f.default_factory is not dataclasses.MISSING}
-    arguments = {}
-    for name, given in value.items():
-        default = defaults.get(name)
-        if (
-            dataclasses.is_dataclass(default)
-            and isinstance(given, Mapping)
-            and not isinstance(default, tuple(FAMILIES.values()))
-        ):
-            given = {**{f.name: getattr(default, f.name) for f in fields(default)}, **given}
-        arguments[name] = build(hints[name], given, f"{prefix}{name}")
-    try:
-        return cls(**arguments)
-    except ConfigError as error:
-        raise (error.under(key) if key else error) from None
-    except TypeError as error:
-        raise ConfigError(key, str(error)) from None

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch.strategies import DDPStrategy
@@ -79,11 +80,19 @@ class GangStrategy(DDPStrategy):
         super().__init__(cluster_environment=GangEnvironment(gang))
 
 
-def sum_gradients(parameters: Iterable[Tensor]) -> None:
+def sum_gradients(parameters: Iterable[Tensor], even: bool = True) -> None:
     """Replace each existing gradient by its sum over all workers.
 
-    Every worker holds a slice of every group of the step, so all workers have gradients for the same parameters.
+    ``even``: every worker holds a slice of every group of the step, so all have gradients for the same parameters. If not, the
+    workers first agree which parameters have one anywhere; who lacks it adds zeros.
     """
+    parameters = list(parameters)
+    if not even:
+        present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+        dist.all_reduce(present, dist.ReduceOp.MAX)
+        for parameter, anywhere in zip(parameters, present.tolist(), strict=True):
+            if anywhere and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return

@@ -10,59 +10,73 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.config import DenseConfig, TrainConfig, TrialConfig
-from lightning_modules.data.batches import Batch, TaskData
+from lightning_modules.data.batches import Batch
+from lightning_modules.data.prepared import TaskData
 from lightning_modules.gang import Gang, sum_gradients, sum_over_workers
-from lightning_modules.network.model import HeadSpec, build_network
+from lightning_modules.network.model import build_network
 from lightning_modules.network.routers import mutual_information_loss
+from lightning_modules.network.task_heads.base import HeadSpec
 from lightning_modules.seeds import derive
+from lightning_modules.weighting import LossWeights
 
 
 class MultiTaskModule(lightning.LightningModule):
     """A multi-task network and how it is trained.
 
     One Lightning batch is one optimiser step: the list of its forwards (``Batch``). The loss of a step is the mean over its
-    groups of the mean over a group's examples; each worker adds its slice, gradients are summed over workers, so neither the
-    number of forwards nor of workers changes the step. Parameters without a gradient (experts that the step did not use)
-    stand still.
+    groups of the mean over a group's examples, each task's weighted by ``train.loss_weighting``; each worker adds its slice,
+    gradients are summed over workers, so neither the number of forwards nor of workers changes the step. Parameters without a
+    gradient (experts that the step did not use) stand still.
     """
 
-    def __init__(self, config: TrialConfig, tasks: Sequence[TaskData], gang: Gang | None = None) -> None:
+    def __init__(self, config: TrialConfig, tasks: Sequence[TaskData], sizes: Sequence[int], gang: Gang | None = None) -> None:
+        """``sizes``: training examples of each task that the trial uses."""
         super().__init__()
         self.automatic_optimization = False
         self.trial = config
         self.gang = gang or Gang()
         self.task_names = [task.name for task in tasks]
-        heads = [HeadSpec(name=task.name, kind=task.kind, num_labels=max(1, len(task.labels))) for task in tasks]
+        heads = [HeadSpec(task.name, task.kind, max(1, len(task.labels)), task.facts) for task in tasks]
         self.network = build_network(config, heads, tasks[0].vocab_size)
+        self.weights = LossWeights(config.train.loss_weighting, sizes)
         self.completed = 0
         """Optimiser steps taken so far."""
         self.losses = LossMeans(len(tasks))
+        self.segment = LossMeans(len(tasks))
+        """Losses since the shares of adaptive sampling last changed."""
+        self._step = LossMeans(len(tasks))
+        adapts = config.mixture.sampling == "adaptive"
+        self._means = [self.losses, *([self.segment] if adapts else []), *([self._step] if self.weights.observes else [])]
 
     def configure_optimizers(self) -> Any:
         """AdamW, fused, with the config's schedule."""
         train = self.trial.train
-        optimizer = torch.optim.AdamW(parameter_groups(self.network, self.trial), lr=train.lr, fused=True)
+        groups = parameter_groups(self.network, self.trial)
+        if learned := list(self.weights.parameters()):
+            groups.append({"params": learned, "lr": train.lr * train.head_lr_scale, "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW(groups, lr=train.lr, fused=True)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(train, step))
         return [optimizer], [scheduler]
 
     def on_fit_start(self) -> None:
         """Put the loss means where the losses are computed."""
-        self.losses.to(self.device)
+        for means in self._means:
+            means.to(self.device)
 
     def training_step(self, batches: list[Batch], batch_idx: int) -> None:
         """One optimiser step."""
-        config = self.trial
-        torch.manual_seed(derive(config.seed, "step", self.completed, self.gang.rank))
+        torch.manual_seed(derive(self.trial.seed, "step", self.completed, self.gang.rank))
         for batch in batches:
             loss = torch.zeros((), device=self.device)
-            outputs = self.network(batch)
-            for rows, output in zip(batch.tasks, outputs, strict=True):
-                losses = self.network.head(rows.task).loss(output, rows.labels)
-                self.losses.add(rows.task, losses.detach())
-                loss = loss + losses.sum() / config.mixture.batch_size
+            for rows, losses in zip(batch.tasks, self.network.losses(batch), strict=True):
+                for means in self._means:
+                    means.add(rows.task, losses.detach())
+                loss = loss + self.weights(rows.task, (losses * rows.weights).sum(), rows.weights.sum())
             self.manual_backward(loss)
         self._auxiliary_backward(batches)
         self._apply_gradients()
+        if self.weights.observes:
+            self.weights.observe({task: mean for task, mean in enumerate(self._step.means()) if mean is not None})
         self.completed += 1
 
     def _auxiliary_backward(self, batches: list[Batch]) -> None:
@@ -75,9 +89,11 @@ class MultiTaskModule(lightning.LightningModule):
         self.manual_backward(router.mutual_information * loss / self.gang.world_size)
 
     def _apply_gradients(self) -> None:
-        parameters = [p for p in self.network.parameters() if p.grad is not None]
+        trainable = [p for p in (*self.network.parameters(), *self.weights.parameters()) if p.requires_grad]
         if self.gang.world_size > 1:
-            sum_gradients(parameters)
+            mixture = self.trial.mixture
+            sum_gradients(trainable, even=mixture.batch_tokens is None and mixture.group_size >= self.gang.world_size)
+        parameters = [p for p in trainable if p.grad is not None]
         if self.trial.train.clip is not None:
             nn.utils.clip_grad_norm_(parameters, self.trial.train.clip)
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
@@ -97,21 +113,22 @@ def lr_factor(train: TrainConfig, step: int) -> float:
 
 
 def parameter_groups(network: nn.Module, config: TrialConfig) -> list[dict[str, Any]]:
-    """Trainable parameters by learning rate and decay: routers have their own rate and no decay; vectors (biases, norms)
-    have no decay."""
-    scale = 1.0 if isinstance(config.model, DenseConfig) else config.model.router.lr_scale
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    """Trainable parameters by learning rate and decay: routers and heads have their own rates; routers and vectors (biases,
+    norms) have no decay."""
+    router_scale = 1.0 if isinstance(config.model, DenseConfig) else config.model.router.lr_scale
+    scales = {"backbone": 1.0, "heads": config.train.head_lr_scale, "router": router_scale}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            router = "router" in name
-            groups.setdefault((router, parameter.ndim > 1 and not router), []).append(parameter)
+            part = "router" if "router" in name else "heads" if name.startswith("heads.") else "backbone"
+            groups.setdefault((part, parameter.ndim > 1 and part != "router"), []).append(parameter)
     return [
         {
             "params": parameters,
-            "lr": config.train.lr * (scale if router else 1.0),
+            "lr": config.train.lr * scales[part],
             "weight_decay": config.train.weight_decay if decay else 0.0,
         }
-        for (router, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (part, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
@@ -136,11 +153,19 @@ class LossMeans:
 
     def read(self, names: Sequence[str]) -> dict[str, float]:
         """``train/loss`` (mean over examples) and ``train/loss/{task}`` over all workers; starts anew."""
+        sums, counts = self._totals()
+        means = {f"train/loss/{name}": s / n for name, s, n in zip(names, sums, counts, strict=True) if n}
+        return {"train/loss": sum(sums) / sum(counts), **means}
+
+    def means(self) -> list[float | None]:
+        """The mean of each task over all workers, None for a task that has not been met; starts anew."""
+        return [s / n if n else None for s, n in zip(*self._totals(), strict=True)]
+
+    def _totals(self) -> tuple[list[float], list[float]]:
         sums, counts = sum_over_workers(torch.stack([self.sums, self.counts])).tolist()
         self.sums.zero_()
         self.counts.zero_()
-        means = {f"train/loss/{name}": s / n for name, s, n in zip(names, sums, counts, strict=True) if n}
-        return {"train/loss": sum(sums) / sum(counts), **means}
+        return sums, counts
 
     def state(self) -> Tensor:
         """(2, T) sums and counts of this worker, for a checkpoint."""

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, get_type_hints
 
-from lightning_modules.config import FAMILIES, ConfigError, TrialConfig, build, flatten, to_plain
+from lightning_modules.building import ConfigError, build
+from lightning_modules.config import FAMILIES, TrialConfig, flatten, to_plain
 
 MAX_POINTS = 10_000
 """More grid points than this is taken for a slip."""

@@ -7,8 +7,10 @@
   with feed-forward layers E times as wide. ``adapter_moe`` with E adapters of width m: one adapter of width E m.
 * ``random_routing``: the same experts, each task sent to a fixed random one.
 * ``uniform_routing``: the same experts, every task using all of them equally.
+* ``frozen_backbone``: the backbone as it is, only the heads train (the floor B0): what the tasks get without sharing anything
+  that learns.
 
-A ``dense`` candidate has only the first. A baseline that is its own candidate is left out of the plan.
+A ``dense`` candidate has only the first and the last. A baseline that is its own candidate is left out of the plan.
 """
 
 from dataclasses import replace
@@ -30,7 +32,8 @@ def single_task(config: TrialConfig, task: str, share: float) -> TrialConfig:
     the task is met in about A S p groups of b examples. Alone it gets k = max(1, round(p A)) groups per step, for
     round(S A p / k) steps, at least one.
 
-    What it does not read is left out of its identity: the other tasks, their data, and how they are sampled.
+    With a token budget a group has as many tokens instead. Adaptive sampling is matched to the shares that it starts with. What
+    the baseline does not read is left out of its identity: the other tasks, their data, how they are sampled and weighed.
     """
     mixture = config.mixture
     groups = max(1, round(share * mixture.tasks_per_step))
@@ -38,6 +41,8 @@ def single_task(config: TrialConfig, task: str, share: float) -> TrialConfig:
         tasks=(task,),
         batch_size=groups * mixture.group_size,
         tasks_per_step=groups,
+        batch_tokens=None if mixture.group_tokens is None else groups * mixture.group_tokens,
+        bucketing=mixture.bucketing,
         batching="single_task",
         sampling="uniform",
         low_resource={task: mixture.low_resource[task]} if task in mixture.low_resource else {},
@@ -48,7 +53,7 @@ def single_task(config: TrialConfig, task: str, share: float) -> TrialConfig:
         config,
         model=DenseConfig(),
         mixture=alone,
-        train=replace(config.train, steps=steps, eval_every=None),
+        train=replace(config.train, steps=steps, eval_every=None, loss_weighting="uniform"),
         digests={name: digest for name, digest in config.digests.items() if name in read},
     )
 
@@ -86,5 +91,7 @@ def whole_mixture(config: TrialConfig, kind: str) -> TrialConfig | None:
             return routed(config, "random")
         case "uniform_routing":
             return routed(config, "uniform")
+        case "frozen_backbone":
+            return replace(config, model=DenseConfig(), backbone=replace(config.backbone, frozen=True))
         case _:
             raise ValueError(f"no baseline of kind {kind!r} trains on a whole mixture")

@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from lightning_modules.config import AdapterMoEConfig, ConfigError, DenseConfig, TrialConfig
+from lightning_modules.building import ConfigError
+from lightning_modules.config import AdapterMoEConfig, DenseConfig, TrialConfig
 from pipelines.spec import ResourcesConfig, SweepConfig, SweepError
 from pipelines.store import TrialFolder, TrialResult
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_modules.config import ConfigError, TrialConfig, flatten, to_plain
+from lightning_modules.building import ConfigError
+from lightning_modules.config import TrialConfig, flatten, to_plain
 from lightning_modules.data.tasks import TaskSpec, load_catalogues
 from pipelines.axes import Point, is_trial_key, show_axes, show_value
 from pipelines.baselines import single_task, whole_mixture
@@ -48,7 +49,9 @@ class PlannedTrial:
     axes: Mapping[str, Any] = field(default_factory=dict)
     """Axis name -> value of a candidate's grid point; empty for baselines."""
     shares: Mapping[str, float] = field(default_factory=dict)
-    """Task -> share of the groups of a step."""
+    """Task -> share of the groups of a step, of the tasks that are trained; with adaptive sampling at the start."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Task -> training examples that are used."""
     baselines: Mapping[str, Any] = field(default_factory=dict)
     """``{"single_task": {task: trial_id}, other kind: trial_id}`` of a candidate."""
     uses: tuple[tuple[str, str], ...] = ()
@@ -66,6 +69,8 @@ class Plan:
     specs: Mapping[str, TaskSpec]
     """Task name -> where its examples are, of every task that a trial reads (tokenizer texts included)."""
     cost: CostEstimate
+    warnings: tuple[str, ...] = ()
+    """What the user should know of the data."""
 
     def count(self, state: State) -> int:
         """Trials in that state."""
@@ -82,6 +87,7 @@ class Plan:
             "baselines": list(sweep.baselines),
             "tasks": [to_plain(task) for task in self.tasks.values()],
             "trials": [to_plain(trial) for trial in self.trials],
+            "warnings": list(self.warnings),
             "cost": to_plain(self.cost),
         }
         return json.dumps(content, indent=1)
@@ -130,6 +136,7 @@ def make_plan(sweep: SweepConfig, storage: Path, *, fresh: bool = False, machine
         tasks={name: task for name, task in resolver.tasks().items() if name in trained},
         specs={name: spec for name, spec in specs.items() if name in read},
         cost=_cost(trials, storage, slots(sweep.resources, machine or local_resources())),
+        warnings=tuple(dict.fromkeys(warning for draft in drafts for warning in resolver.warnings(draft.config))),
     )
 
 
@@ -188,8 +195,8 @@ def _whole(candidate: _Draft, kind: str) -> list[_Draft]:
 def _check_workers(sweep: SweepConfig, drafts: Sequence[_Draft]) -> None:
     workers = sweep.resources.workers
     for draft in drafts:
-        size = draft.config.mixture.group_size
-        if workers > size:
+        mixture, size = draft.config.mixture, draft.config.mixture.group_size
+        if workers > size and mixture.batch_tokens is None:
             law = "must be at most the examples of a group (batch_size / tasks_per_step)"
             raise ConfigError("resources.workers", f"{law}, got workers={workers}, group of {size}")
 
@@ -218,6 +225,7 @@ def _merge(drafts: Sequence[_Draft], resolver: Resolver, storage: Path, fresh: b
                 task=main.task,
                 axes=main.axes,
                 shares=resolver.shares(main.config),
+                sizes=resolver.sizes(main.config),
                 baselines=main.baselines,
                 uses=tuple(dict.fromkeys((draft.role, labels[id(draft)]) for draft in group)),
             )
@@ -317,6 +325,7 @@ def describe(plan: Plan, *, trials: bool = True) -> list[str]:
     lines = [head + f"{plan.count('finished')} finished"]
     lines += [f"question: {' '.join(sweep.question.split())}"] if sweep.question else []
     lines += [f"seeds: {', '.join(map(str, sweep.seed_list))}", "", *_configuration_lines(plan), "", *_task_lines(plan), ""]
+    lines += [*(f"warning: {warning}" for warning in plan.warnings), *([""] if plan.warnings else [])]
     lines += [*_cost_lines(plan.cost), ""]
     if trials:
         lines += _table([("trial", "state", "seed", "steps", "configuration"), *map(_trial_row, plan.trials)])
@@ -347,8 +356,7 @@ def _task_lines(plan: Plan) -> list[str]:
     for name, task in plan.tasks.items():
         candidates = [t for t in plan.trials if t.role == CANDIDATE and name in t.shares]
         shares = sorted({round(100 * t.shares[name], 1) for t in candidates})
-        limits = [(t.config.mixture.low_resource.get(name), t.config.data.max_train) for t in candidates]
-        used = sorted({min([task.sizes["train"], *(n for n in limit if n)]) for limit in limits})
+        used = sorted({t.sizes[name] for t in candidates})
         sizes = [str(task.sizes[split]) for split in ("train", "dev", "test")]
         rows.append((name, task.kind, task.metric, *sizes, _span(used, ""), _span(shares, "%")))
     return _table(rows)

@@ -6,13 +6,17 @@ Everything a plan needs to know of the data is read once per plan here, and ever
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from lightning_modules.config import BACKBONES, BackboneConfig, ConfigError, TrialConfig
+from lightning_modules.building import ConfigError
+from lightning_modules.config import BACKBONES, SEQ2SEQ, BackboneConfig, MixtureConfig, TrialConfig
 from lightning_modules.data.mixtures import task_shares
-from lightning_modules.data.tasks import TaskSpec, check, select
+from lightning_modules.data.posing import PROMPTS, pose
+from lightning_modules.data.splits import few_shot
+from lightning_modules.data.tasks import Checked, TaskSpec, check, select
 
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 _TOKENIZER_FILES = (
@@ -39,7 +43,9 @@ class Resolver:
 
     specs: Mapping[str, TaskSpec]
     _tasks: dict[str, PlannedTask] = field(default_factory=dict)
-    _digests: dict[str, str] = field(default_factory=dict)
+    _digests: dict[tuple[str, str], str] = field(default_factory=dict)
+    _checked: dict[str, Checked] = field(default_factory=dict)
+    _samples: dict[tuple[str, int, int], int] = field(default_factory=dict)
     _backbones: dict[tuple[str, str | None], tuple[BackboneConfig, str]] = field(default_factory=dict)
 
     def resolve(self, config: TrialConfig) -> TrialConfig:
@@ -49,31 +55,111 @@ class Resolver:
             ConfigError: a task cannot be used, a pattern matches nothing, or the backbone is not there.
         """
         names = select(self.specs, config.mixture.tasks, "trial.mixture.tasks")
-        mixture = replace(config.mixture, tasks=tuple(names), low_resource=self._low_resource(config, names))
+        mixture = self._mixture(config, names)
         backbone, digests = self._backbone(config.backbone, names)
-        if not digests.get("backbone", "hub:").startswith("hub:"):
-            check_architecture(backbone, config.model.layers)
+        local = digests.get("backbone", "").removeprefix("hub:") == digests.get("backbone", "")
+        kind = _model_type(backbone, config.model.layers) if local else None
+        self._check_forms(config, mixture, kind)
         for name in sorted({*names, *backbone.size.tokenizer_tasks}):
             self._read(name)
-            digests[name] = self._digests[name]
+            digests[name] = self._digest(name, config.data.form)
         return replace(config, mixture=mixture, backbone=backbone, digests=digests)
+
+    def _mixture(self, config: TrialConfig, names: list[str]) -> MixtureConfig:
+        """The mixture with task names for all patterns."""
+        mixture, own = config.mixture, {name: self.specs[name] for name in names}
+        roles = {role: tuple(self._matching(own, getattr(mixture, role), role)) for role in ("held_out", "unrelated")}
+        trained = [name for name in names if name not in roles["held_out"]]
+        if not trained:
+            law = f"must leave at least one task to train on, got {list(mixture.held_out)}"
+            raise ConfigError("trial.mixture.held_out", law)
+        both = sorted(set(roles["held_out"]) & set(roles["unrelated"]))
+        if both:
+            raise ConfigError("trial.mixture.unrelated", f"must not name held-out tasks, got {', '.join(both)}")
+        weights: dict[str, float] = {}
+        for pattern, weight in mixture.weights.items():
+            weights |= dict.fromkeys(self._matching(own, [pattern], "weights"), weight)
+        if weights and (lacking := [name for name in trained if name not in weights]):
+            raise ConfigError("trial.mixture.weights", f"must give every trained task a share, none for {', '.join(lacking)}")
+        return replace(
+            mixture,
+            tasks=tuple(names),
+            low_resource=self._low_resource(config, names),
+            weights={name: weights[name] for name in trained} if weights else {},
+            **roles,
+        )
+
+    def _matching(self, own: Mapping[str, TaskSpec], patterns: Sequence[str], setting: str) -> list[str]:
+        """The tasks of the mixture that ``patterns`` stand for, in its order; none for no pattern."""
+        key = f"trial.mixture.{setting}"
+        try:
+            return select(own, patterns, key) if patterns else []
+        except ConfigError:
+            shown = ", ".join(list(own)[:8]) + (", ..." if len(own) > 8 else "")
+            law = f"must name tasks of the mixture, which has {shown}, got {', '.join(patterns)}"
+            raise ConfigError(key, law) from None
+
+    def _check_forms(self, config: TrialConfig, mixture: MixtureConfig, model_type: str | None) -> None:
+        """Whether the backbone can answer each task in the form that it has here."""
+        posed = config.data.form == "text2text"
+        decoder = model_type is None or model_type in SEQ2SEQ
+        for name in mixture.tasks:
+            kind = self.specs[name].kind
+            if posed and kind not in (*PROMPTS, "text2text"):
+                law = f"must be native for {name}: only {', '.join(PROMPTS)} can be posed as text to text, it is {kind}"
+                raise ConfigError("trial.data.form", law)
+            if (posed or kind == "text2text") and not decoder:
+                law = f"must have a decoder ({', '.join(SEQ2SEQ)}, tiny-bart, tiny-t5) for the text2text task {name}"
+                raise ConfigError("trial.backbone.name", f"{law}, got {config.backbone.name!r}, which is {model_type}")
+            if name in mixture.held_out and not posed and kind != "text2text":
+                law = f"must be text2text tasks: {name} is {kind}, whose head would never train"
+                raise ConfigError("trial.mixture.held_out", law)
 
     def tasks(self) -> dict[str, PlannedTask]:
         """The tasks read so far, in catalogue order."""
         return {name: self._tasks[name] for name in self.specs if name in self._tasks}
 
     def sizes(self, config: TrialConfig) -> dict[str, int]:
-        """Task -> training examples that a resolved trial uses."""
+        """Task -> training examples that a resolved trial uses, of the tasks it trains on."""
         sizes = {}
         for task in config.mixture.tasks:
-            limits = (self._read(task).sizes["train"], config.mixture.low_resource.get(task), config.data.max_train)
-            sizes[task] = min(n for n in limits if n is not None)
+            if task not in config.mixture.held_out:
+                available = self._read(task).sizes["train"] if config.data.few_shot is None else self._few_shot(config, task)
+                limits = (available, config.mixture.low_resource.get(task), config.data.max_train)
+                sizes[task] = min(n for n in limits if n is not None)
         return sizes
 
+    def _few_shot(self, config: TrialConfig, task: str) -> int:
+        """Examples of a few-shot sample."""
+        spec, k = self._checked[task].spec, config.data.few_shot
+        assert k is not None
+        key = (task, k, config.data.draw)
+        if key not in self._samples:
+            labels = [row["label"] for row in spec.read("train")] if spec.kind == "classification" else None
+            self._samples[key] = len(few_shot(task, labels, k, config.data.draw, self._read(task).sizes["train"]))
+        return self._samples[key]
+
     def shares(self, config: TrialConfig) -> dict[str, float]:
-        """Task -> share of the groups in a resolved trial."""
+        """Task -> share of the groups in a resolved trial; with adaptive sampling the one it starts with."""
         sizes = self.sizes(config)
-        return dict(zip(sizes, task_shares(config.mixture, list(sizes.values())), strict=True))
+        budget = config.train.steps * config.mixture.batch_size
+        return dict(
+            zip(sizes, task_shares(config.mixture, list(sizes.values()), names=list(sizes), budget=budget), strict=True)
+        )
+
+    def warnings(self, config: TrialConfig) -> list[str]:
+        """What the user should know of a resolved trial's data."""
+        longest = config.backbone.max_length
+        found = []
+        for name in config.mixture.tasks:
+            checked = self._checked[name]
+            found += [f"{name}: {warning}" for warning in checked.warnings]
+            long = sum(count for words, count in checked.words.items() if words > longest)
+            if long:
+                found.append(
+                    f"{name}: {long} examples have more words than backbone.max_length={longest}; they are read in windows"
+                )
+        return found
 
     def _read(self, name: str) -> PlannedTask:
         if name not in self._tasks:
@@ -82,12 +168,19 @@ class Resolver:
                 raise ConfigError(
                     f"{spec.catalogue}: task backbone", "must have another name: this one means the model's weights"
                 )
-            sizes = check(spec)
-            self._digests[name] = spec.digest()
+            checked = check(spec)
             self._tasks[name] = PlannedTask(
-                name=name, kind=spec.kind, category=spec.category, metric=spec.metric, sizes=sizes
+                name=name, kind=spec.kind, category=spec.category, metric=spec.metric, sizes=checked.sizes
             )  # fmt: skip
+            self._checked[name] = checked
         return self._tasks[name]
+
+    def _digest(self, name: str, form: str) -> str:
+        """The task's digest in the form in which it is trained; a posed task is checked again, prompt and answers included."""
+        if (name, form) not in self._digests:
+            spec = self._checked[name].spec
+            self._digests[name, form] = spec.digest() if form == "native" else check(pose(spec)).spec.digest()
+        return self._digests[name, form]
 
     def _low_resource(self, config: TrialConfig, names: list[str]) -> dict[str, int]:
         """The catalogue's sizes, overridden by the mixture's in file order."""
@@ -111,7 +204,7 @@ class Resolver:
         return {name: size for name, (size, _) in chosen.items()}
 
     def _backbone(self, config: BackboneConfig, names: list[str]) -> tuple[BackboneConfig, dict[str, str]]:
-        if config.name == "tiny-encoder":
+        if config.built_in:
             patterns = config.size.tokenizer_tasks
             chosen = select(self.specs, patterns, "trial.backbone.size.tokenizer_tasks") if patterns else names
             return replace(config, size=replace(config.size, tokenizer_tasks=tuple(sorted(chosen)))), {}
@@ -149,12 +242,15 @@ def locate_backbone(config: BackboneConfig) -> tuple[BackboneConfig, str]:
     return config, f"hub:{config.name}@{config.revision}"
 
 
-def check_architecture(config: BackboneConfig, layers: tuple[int, ...]) -> None:
-    """What a folder's ``config.json`` says must fit the trial: a known architecture, blocks and positions enough.
+def _model_type(config: BackboneConfig, layers: tuple[int, ...]) -> str:
+    """The backbone's architecture. What a folder's ``config.json`` says must fit the trial: a known architecture, blocks and
+    positions enough.
 
     Raises:
         ConfigError: it does not.
     """
+    if config.built_in:
+        return {"tiny-encoder": "bert", "tiny-bart": "bart", "tiny-t5": "t5"}[config.name]
     file = Path(config.name) / "config.json"
     try:
         content = json.loads(file.read_text())
@@ -163,12 +259,37 @@ def check_architecture(config: BackboneConfig, layers: tuple[int, ...]) -> None:
     kind = content.get("model_type")
     if kind not in BACKBONES:
         raise ConfigError("trial.backbone.name", f"must be one of {', '.join(BACKBONES)}, got model_type {kind!r} in {file}")
-    blocks = content.get("num_hidden_layers", content.get("n_layers"))
-    if isinstance(blocks, int) and layers and max(layers) >= blocks:
+    blocks = _blocks(kind, content)
+    if blocks is not None and layers and max(layers) >= blocks:
         raise ConfigError("trial.model.layers", f"must be below the backbone's {blocks} blocks, got {list(layers)}")
+    positions = _positions(kind, content)
+    lengths = {"max_length": config.max_length} | ({"max_target_length": config.max_target_length} if kind == "bart" else {})
+    for name, length in lengths.items():
+        if positions is not None and length > positions:
+            raise ConfigError(f"trial.backbone.{name}", f"must be at most the backbone's {positions}, got {length}")
+    return kind
+
+
+def _positions(kind: str, content: Mapping[str, Any]) -> int | None:
+    """Tokens that the architecture has positions for; None: no limit, or left to the library's defaults."""
     positions = content.get("max_position_embeddings")
-    if isinstance(positions, int) and config.max_length > positions:
-        raise ConfigError("trial.backbone.max_length", f"must be at most the backbone's {positions}, got {config.max_length}")
+    if kind == "t5" or (kind == "deberta-v2" and content.get("position_biased_input") is False) or positions is None:
+        return None
+    if kind in ("roberta", "xlm-roberta", "camembert"):  # their positions start after the padding id
+        return positions - content.get("pad_token_id", 1) - 1
+    return positions
+
+
+def _blocks(kind: str, content: Mapping[str, Any]) -> int | None:
+    """Blocks of encoder and decoder together; None where the file leaves it to the library's defaults."""
+    if kind == "bart":
+        numbers = [content.get("encoder_layers"), content.get("decoder_layers")]
+    elif kind == "t5":
+        numbers = [content.get("num_layers"), content.get("num_decoder_layers") or content.get("num_layers")]
+    else:
+        numbers = [content.get("num_hidden_layers", content.get("n_layers"))]
+    known = [n for n in numbers if isinstance(n, int)]
+    return sum(known) if len(known) == len(numbers) else None
 
 
 def _folder_digest(folder: Path) -> str:

@@ -32,7 +32,7 @@ from ray import tune
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from lightning_modules.config import ConfigError
+from lightning_modules.building import ConfigError
 from pipelines.spec import ResourcesConfig
 from pipelines.store import TrialFolder
 from pipelines.workers import Event, Job, Worker, WorkerPool

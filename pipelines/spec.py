@@ -15,10 +15,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_modules.config import ConfigError, build
+from lightning_modules.building import ConfigError, build
 from pipelines.axes import Point, expand_axes, is_trial_key, parse_axes, unknown_key
 
-BaselineKind = Literal["single_task", "parameter_matched", "random_routing", "uniform_routing"]
+BaselineKind = Literal["single_task", "parameter_matched", "random_routing", "uniform_routing", "frozen_backbone"]
 
 
 class SweepError(ValueError):

@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from lightning_modules.config import TrialConfig, build, to_plain
+from lightning_modules.building import build
+from lightning_modules.config import TrialConfig, to_plain
 from lightning_modules.files import atomic_file
 
 
@@ -40,10 +41,13 @@ class TrialResult:
     """Unix milliseconds; the finish time stamps the final points in MLflow."""
     resume: Mapping[str, Any] = field(default_factory=lambda: {"count": 0, "exact": True})
     """``count``: how often the trial went on from a checkpoint. ``exact``: whether each resume met the state it had left."""
+    floors: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
+    """split -> task -> metric -> score of the trivial answer (majority class and the like) on the whole split."""
     params: Mapping[str, int] = field(default_factory=dict)
     """``total``, ``trainable`` and ``active`` (what one example of one task touches) parameter counts."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """task -> ``{train, dev, test: examples used, cut_tokens: tokens beyond max_length in all of the task's examples}``."""
+    """task -> ``{train, dev, test: examples used, windowed: inputs read in several windows, cut_tokens: tokens beyond
+    ``max_windows``, cut_target_tokens: beyond ``max_target_length``}``, the last three over all of the task's examples."""
     measurements: Mapping[str, float] = field(default_factory=dict)
     """Single numbers measured at the end, by their metric name (``route/0/nmi``); arrays stand in ``measurements/*.npz``."""
     workers: int = 1

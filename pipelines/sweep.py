@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from lightning_modules.config import ConfigError, flatten
+from lightning_modules.building import ConfigError
+from lightning_modules.config import flatten
 from pipelines.cost import check_resources, local_resources
 from pipelines.plan import Plan, PlannedTrial, describe, make_plan
 from pipelines.spec import SweepConfig, SweepError, load_sweep
@@ -182,7 +183,7 @@ class _Command:
             run_trials([trial.trial_id for trial in pending], launch)
 
     def _prepare(self, pending: Sequence[PlannedTrial]) -> Path:
-        from lightning_modules.data.batches import prepare
+        from lightning_modules.data.prepared import prepare
 
         root = self.storage / "prepared"
         for trial in pending:

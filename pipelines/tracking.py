@@ -29,7 +29,7 @@ from pipelines.store import TrialFolder, TrialResult
 from pipelines.transfer import Planned
 
 METRICS = (
-    "train/loss", "train/loss/{task}", "train/lr", "train/grad_norm",
+    "train/loss", "train/loss/{task}", "train/lr", "train/grad_norm", "mixture/share/{task}",
     "time/step_s", "time/examples_per_s", "time/seconds", "cost/gpu_hours", "cost/worker_hours",
     "params/total", "params/active", "params/trainable", "flops/example",
     "score/{split}/{task}/{metric}", "gain_abs/{task}", "gain_rel/{task}", "delta_m", "neg_count", "worst_gain", "arg",

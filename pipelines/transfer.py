@@ -27,6 +27,9 @@ LOWER_IS_BETTER = frozenset({"mse"})
 METRIC_RANGE = {"mcc": 2.0, "pearson": 2.0, "spearman": 2.0}
 """Width of a metric's range where it is not 1. A metric in :data:`LOWER_IS_BETTER` has no bound and so no floor."""
 
+UNRELATED = "unrelated (control)"
+"""Category of tasks with the role ``unrelated``: a group of their own, not part of the means over tasks."""
+
 FLOOR = 0.01
 """Relative gains divide by at least this share of the metric's range."""
 
@@ -299,7 +302,9 @@ class _Gain:
 
 def _gain(trial: Planned, single: Mapping[str, str], task: str, metric: str, scores: _Scores) -> _Gain:
     score = scores.get(trial.trial_id, task, "the trial")
-    baseline = _Value(None, f"the plan has no single-task baseline for {task}")
+    held_out = task in trial.config.mixture.held_out
+    why = f"{task} is held out: no gain" if held_out else f"the plan has no single-task baseline for {task}"
+    baseline = _Value(None, why)
     if task in single:
         baseline = scores.get(single[task], task, f"the single-task baseline of {task}")
     known = [scores.results[i].primary.get(task) for i in (trial.trial_id, single.get(task, "")) if i in scores.results]
@@ -311,13 +316,19 @@ def _gain(trial: Planned, single: Mapping[str, str], task: str, metric: str, sco
     return _Gain(score, baseline, absolute, relative, floored, metric)
 
 
-def _trial_gains(each: Mapping[str, _Gain]) -> dict[str, float]:
-    """One trial's gains by metric name; the three over all tasks only when every task has a gain."""
+def _counted(trial: Planned, tasks: Iterable[str]) -> list[str]:
+    """The tasks that means and counts over tasks are made of: neither held out nor unrelated."""
+    mixture = trial.config.mixture
+    return [task for task in tasks if task not in mixture.held_out and task not in mixture.unrelated]
+
+
+def _trial_gains(each: Mapping[str, _Gain], counted: Sequence[str]) -> dict[str, float]:
+    """One trial's gains by metric name; the three over all counted tasks only when every one of them has a gain."""
     found = {f"gain_abs/{task}": gain.absolute.number for task, gain in each.items()}
     found |= {f"gain_rel/{task}": gain.relative.number for task, gain in each.items()}
-    absolute = [gain.absolute.number for gain in each.values() if gain.absolute.number is not None]
-    found["delta_m"] = _mean([gain.relative for gain in each.values()]).number
-    if absolute and len(absolute) == len(each):
+    absolute = [n for task in counted if (n := each[task].absolute.number) is not None]
+    found["delta_m"] = _mean([each[task].relative for task in counted]).number
+    if absolute and len(absolute) == len(counted):
         found["worst_gain"] = min(absolute)
         found["neg_count"] = float(sum(gain < 0 for gain in absolute))
     return {name: value for name, value in found.items() if value is not None}
@@ -361,7 +372,7 @@ def compare(
         }
         cells |= {(configuration, task): cell for task, cell in own.items()}
         summaries.append(_summarise(members, own, table, scores))
-        each_trial |= {t.trial_id: _trial_gains(table[t.seed]) for t in members}
+        each_trial |= {t.trial_id: _trial_gains(table[t.seed], _counted(t, table[t.seed])) for t in members}
     shown = [task for task in tasks if any(task == name for _, name in cells)]
     missing = tuple(
         Missing(
@@ -401,11 +412,13 @@ def _gains_of(trial: Planned, single: Mapping[str, str], tasks: Mapping[str, Tas
 def _cell(trial: Planned, task: str, tasks: Mapping[str, Task], seeds: Mapping[int, _Gain]) -> Cell:
     floored = any(gain.floored for gain in seeds.values())
     note = f"|baseline| is below {FLOOR:.0%} of the metric's range, which divides instead" if floored else ""
+    mixture = trial.config.mixture
+    role = "held out" if task in mixture.held_out else UNRELATED if task in mixture.unrelated else None
     return Cell(
         configuration=trial.configuration,
         role=trial.role,
         task=task,
-        category=tasks[task].category,
+        category=role or tasks[task].category,
         metric=next(gain.metric for gain in seeds.values()),
         scores={seed: gain.score.number for seed, gain in seeds.items() if gain.score.number is not None},
         baseline={seed: gain.baseline.number for seed, gain in seeds.items() if gain.baseline.number is not None},
@@ -418,27 +431,33 @@ def _cell(trial: Planned, task: str, tasks: Mapping[str, Task], seeds: Mapping[i
 def _summarise(
     members: Sequence[Planned], cells: Mapping[str, Cell], table: Mapping[int, Mapping[str, _Gain]], scores: _Scores
 ) -> Summary:
-    means = {task: cell.gain.interval.mean for task, cell in cells.items() if cell.gain.interval is not None}
+    counted = _counted(members[0], cells)
+    means = {task: interval.mean for task in counted if (interval := cells[task].gain.interval) is not None}
     by_category: dict[str, list[str]] = {}
     for task, cell in cells.items():
-        by_category.setdefault(cell.category, []).append(task)
+        if task not in members[0].config.mixture.held_out:
+            by_category.setdefault(cell.category, []).append(task)
     worst = min(means, key=means.__getitem__, default=None)
+
+    def verdict(name: Verdict) -> tuple[str, ...]:
+        return tuple(task for task in counted if cells[task].gain.verdict == name)
+
     return Summary(
         configuration=members[0].configuration,
         role=members[0].role,
         config=members[0].config,
         seeds=tuple(trial.seed for trial in members),
-        mean_gain=_over_seeds({seed: _mean([g.absolute for g in row.values()]) for seed, row in table.items()}),
-        delta_m=_over_seeds({seed: _mean([g.relative for g in row.values()]) for seed, row in table.items()}),
+        mean_gain=_over_seeds({seed: _mean([row[t].absolute for t in counted]) for seed, row in table.items()}),
+        delta_m=_over_seeds({seed: _mean([row[t].relative for t in counted]) for seed, row in table.items()}),
         categories={
             name: _over_seeds({seed: _mean([row[task].absolute for task in group]) for seed, row in table.items()})
             for name, group in by_category.items()
         },
-        versus=_versus(members, tuple(cells), scores),
-        helped=tuple(task for task, cell in cells.items() if cell.gain.verdict == "helped"),
-        hurt=tuple(task for task, cell in cells.items() if cell.gain.verdict == "hurt"),
+        versus=_versus(members, counted, scores),
+        helped=verdict("helped"),
+        hurt=verdict("hurt"),
         below=tuple(task for task, mean in means.items() if mean < 0),
-        pending=tuple(task for task, cell in cells.items() if cell.gain.verdict == "pending"),
+        pending=verdict("pending"),
         worst=(worst, means[worst]) if worst is not None else None,
     )
 

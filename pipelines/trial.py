@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_modules.checkpoints import load_newest, save_checkpoint
 from lightning_modules.config import TrialConfig
-from lightning_modules.data.batches import Batch, StepBatches, TaskData, open_tasks
-from lightning_modules.data.tasks import SPLITS
+from lightning_modules.data.batches import Batch, StepBatches, chosen_rows
+from lightning_modules.data.mixtures import OnlineMixing
+from lightning_modules.data.prepared import TaskData, open_tasks
 from lightning_modules.gang import Gang, GangEnvironment, GangStrategy, gather
 from lightning_modules.measure.evaluation import evaluate
 from lightning_modules.measure.routing import measure_routing
@@ -160,9 +161,12 @@ class _Trial(lightning.Callback):
         self.threads, self.gpu, self.provenance = threads, gpu, provenance
         self.tasks = open_tasks(config, prepared)
         self.batches = StepBatches(config, self.tasks, gang.rank, gang.world_size)
-        self.module = MultiTaskModule(config, self.tasks, gang)
+        self.module = MultiTaskModule(config, self.tasks, [len(rows) for rows in self.batches.rows], gang)
         self.device = torch.device("cuda", 0) if gpu else torch.device("cpu")
         self.resume: dict[str, Any] = {"count": 0, "exact": True, "differences": []}
+        self.mixing: OnlineMixing | None = None
+        if config.mixture.sampling == "adaptive":
+            self.mixing = OnlineMixing(len(self.batches.trained), config.mixture.adapt_every or 1)
         self.started_ms = int(time.time() * 1000)
         self.seconds_before = 0.0
         self.state: dict[str, Any] | None = None
@@ -222,12 +226,13 @@ class _Trial(lightning.Callback):
             scores={split: evaluation.scores for split, evaluation in splits.items()},
             undefined={f"{split}/{name}": why for split, e in splits.items() for name, why in e.undefined.items()},
             primary={task.name: task.metric for task in self.tasks},
+            floors={split: {task.name: task.floors[split] for task in self.tasks} for split in ("dev", "test")},
             steps=config.train.steps,
             seconds=self._seconds(),
             started_ms=self.started_ms,
             finished_ms=int(time.time() * 1000),
             resume=self.resume,
-            params=count_parameters(module.network),
+            params=count_parameters(module.network, len(self.tasks)),
             data={task.name: self._data_facts(number, task) for number, task in enumerate(self.tasks)},
             measurements=self._measure_routing(),
             workers=self.gang.world_size,
@@ -241,11 +246,10 @@ class _Trial(lightning.Callback):
         return result
 
     def _data_facts(self, number: int, task: TaskData) -> dict[str, int]:
-        limit = self.config.data.max_eval
-        used = {"train": len(self.batches.rows[number])}
+        used = {"train": len(self.batches.rows[number]) if number in self.batches.trained else 0}
         for split in ("dev", "test"):
-            used[split] = min(task.size(split), limit or task.size(split))
-        return {**used, "cut_tokens": sum(task.cut_tokens(split) for split in SPLITS)}
+            used[split] = len(chosen_rows(self.config, task, split))
+        return used | {what: task.count(what) for what in ("windowed", "cut_tokens", "cut_target_tokens")}
 
     def _measure_routing(self) -> dict[str, float]:
         routings = self.module.network.route(torch.arange(len(self.tasks), device=self.device))
@@ -274,6 +278,9 @@ class _Trial(lightning.Callback):
         return state
 
     def _continue_from(self, state: dict[str, Any]) -> int:
+        if self.mixing is not None:
+            self.mixing.load(state["mixing"])
+            self.batches.schedule.load(state["segments"])
         before, now = state["audit"], self._audit(state["step"])
         differences = [f"{key}: {before[key]} before, {now[key]} now" for key in now if before.get(key) != now[key]]
         earlier = state["resume"]
@@ -302,11 +309,12 @@ class _Trial(lightning.Callback):
         self.module.network.load_state_dict(self.state["network"])
         trainer.optimizers[0].load_state_dict(self.state["optimizer"])
         trainer.lr_scheduler_configs[0].scheduler.load_state_dict(self.state["scheduler"])
-        losses = self.state["losses"]
-        if len(losses) == self.gang.world_size:
-            self.module.losses.load(losses[self.gang.rank])
-        elif self.gang.rank == 0:
-            self.module.losses.load(torch.stack(losses).sum(0))
+        self.module.weights.load_state_dict(self.state["weights"])
+        for means, states in ((self.module.losses, self.state["losses"]), (self.module.segment, self.state["segment"])):
+            if len(states) == self.gang.world_size:
+                means.load(states[self.gang.rank])
+            elif self.gang.rank == 0:
+                means.load(torch.stack(states).sum(0))
         self.module.completed = self.state["step"]
 
     # -- step by step --------------------------------------------------------------------------------------------------
@@ -316,6 +324,8 @@ class _Trial(lightning.Callback):
     ) -> None:
         """Log, score and checkpoint when they are due."""
         step, train = self.module.completed, self.config.train
+        if self.mixing is not None and step % (self.config.mixture.adapt_every or 1) == 0:
+            self._adapt(step, self.mixing)
         if step % train.log_every == 0 or step == train.steps:
             self._log(step)
         if train.eval_every and step % train.eval_every == 0 and step < train.steps:
@@ -338,6 +348,15 @@ class _Trial(lightning.Callback):
         self._append(step, values)
         self.report({"step": step, "loss": values["train/loss"]})
 
+    def _adapt(self, step: int, mixing: OnlineMixing) -> None:
+        """Set the shares of the next segment from the losses of the one that ends."""
+        losses = self.module.segment.means()
+        shares = mixing.observe([losses[task] for task in self.batches.trained])
+        self.batches.schedule.extend(shares)
+        if self.gang.rank == 0:
+            names = [self.tasks[task].name for task in self.batches.trained]
+            self._append(step, {f"mixture/share/{name}": share for name, share in zip(names, shares, strict=True)})
+
     def _log_scores(self, step: int) -> None:
         evaluation = evaluate(self.module.network, self.config, self.tasks, "dev", self.gang, self.device)
         flat = {f"score/dev/{t}/{m}": v for t, scores in evaluation.scores.items() for m, v in scores.items() if v is not None}
@@ -348,7 +367,7 @@ class _Trial(lightning.Callback):
         self.folder.append([{"t": int(time.time() * 1000), "step": step, "values": dict(values)}])
 
     def _checkpoint(self, trainer: lightning.Trainer, step: int) -> None:
-        losses = gather(self.module.losses.state())
+        losses, segment = gather(self.module.losses.state()), gather(self.module.segment.state())
         if self.gang.rank != 0:
             return
         state = {
@@ -356,6 +375,10 @@ class _Trial(lightning.Callback):
             "optimizer": trainer.optimizers[0].state_dict(),
             "scheduler": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
             "losses": losses,
+            "segment": segment,
+            "weights": self.module.weights.state_dict(),
+            "segments": self.batches.schedule.segments,
+            "mixing": None if self.mixing is None else self.mixing.state(),
             "resume": self.resume,
             "seconds": self._seconds(),
             "started_ms": self.started_ms,

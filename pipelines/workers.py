@@ -165,7 +165,7 @@ def _train(connection: Connection, job: Job, folder: TrialFolder) -> Event:
 
 
 def _failure(error: BaseException) -> Event:
-    from lightning_modules.config import ConfigError
+    from lightning_modules.building import ConfigError
     from pipelines.trial import DivergedError
 
     retry = not isinstance(error, (ConfigError, DivergedError))

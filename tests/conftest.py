@@ -13,7 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import yaml
 
-from lightning_modules.config import TrialConfig, build
+from lightning_modules.building import build
+from lightning_modules.config import TrialConfig
 from lightning_modules.data import tasks
 
 ADJECTIVES = {"good": 1, "fine": 1, "bright": 1, "bad": 0, "dull": 0, "grim": 0}
@@ -57,6 +58,71 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def _structured_rows(kind: str, n: int, seed: int) -> list[dict[str, Any]]:
+    """Sentences whose annotation follows from which of its words are adjectives."""
+    rng = random.Random(100 + seed)
+    rows = []
+    for _ in range(n):
+        words = [rng.choice([*ADJECTIVES, *NOUNS]) for _ in range(rng.randint(3, 8))]
+        adjective = [word in ADJECTIVES for word in words]
+        runs = [(i, i + 1 + adjective[i:].index(False) if False in adjective[i:] else len(words))
+                for i in range(len(words)) if adjective[i] and (i == 0 or not adjective[i - 1])]  # fmt: skip
+        tokens: dict[str, Any] = {"tokens": words}
+        match kind:
+            case "choice":
+                options = rng.sample(NOUNS, 2)
+                right = rng.randrange(3)
+                options.insert(right, rng.choice(list(ADJECTIVES)))
+                rows.append({"text": "which describes?", "options": options, "label": right})
+            case "spans":
+                rows.append(tokens | {"spans": [[i, i + 1, "NOUN"] for i, a in enumerate(adjective) if not a]})
+            case "dependency":
+                last = len(words)
+                heads = [i + 2 if i + 1 < last else 0 for i in range(last)]
+                rows.append(tokens | {"heads": heads, "deprels": ["adj" if a else "noun" for a in adjective]})
+            case "constituency":
+                rows.append(tokens | {"spans": [[0, len(words), "S"], *([start, stop, "NP"] for start, stop in runs)]})
+            case "srl":
+                frames = [
+                    {"predicate": i, "arguments": [[i - 1, i, "A"]] if i and adjective[i - 1] else []}
+                    for i, a in enumerate(adjective) if not a
+                ]  # fmt: skip
+                rows.append(tokens | {"frames": frames})
+            case "classification":
+                rows.append({"text": " ".join(words), "label": "adjective" if adjective[0] else "noun"})
+            case "text2text":
+                rows.append({"text": " ".join(words), "target": words[0]})
+    return rows
+
+
+STRUCTURED = {
+    "classification": ("accuracy", ["adjective", "noun"]),
+    "choice": ("accuracy", None),
+    "spans": ("span_f1", ["NOUN"]),
+    "dependency": ("las", ["adj", "noun"]),
+    "constituency": ("bracket_f1", ["NP", "S"]),
+    "srl": ("srl_f1", ["A"]),
+    "text2text": ("exact_match", None),
+}
+
+
+@pytest.fixture(scope="session")
+def every_kind(catalogue: Path) -> Path:
+    """A catalogue with a learnable task ``kind/KIND`` of every kind that ``catalogue`` lacks."""
+    entries = []
+    for kind, (metric, labels) in STRUCTURED.items():
+        files = {}
+        for i, (split, n) in enumerate({"train": 400, "dev": 24, "test": 40}.items()):
+            files[split] = f"kind.{kind}.{split}.jsonl"
+            rows = _structured_rows(kind, n, i)
+            (catalogue.parent / files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        entry = {"name": f"kind/{kind}", "kind": kind, "metric": metric, "category": f"kind/{kind}", "files": files}
+        entries.append(entry | ({"labels": labels} if labels else {}))
+    path = catalogue.parent / "every_kind.yaml"
+    path.write_text(yaml.safe_dump({"tasks": entries}))
+    return path
+
+
 @pytest.fixture(scope="session")
 def specs(catalogue: Path) -> dict[str, tasks.TaskSpec]:
     """The catalogue's tasks by name."""
@@ -90,7 +156,7 @@ def prepared(
     specs: dict[str, tasks.TaskSpec], make_trial: Callable[..., TrialConfig], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The folder of the catalogue's tokenised data."""
-    from lightning_modules.data.batches import prepare
+    from lightning_modules.data.prepared import prepare
 
     root = tmp_path_factory.mktemp("prepared")
     prepare(make_trial(), specs, root)

@@ -10,13 +10,14 @@ from torch.func import functional_call
 from lightning_modules.config import BackboneConfig, ModelConfig, RouterConfig, TinySizeConfig, TrialConfig
 from lightning_modules.data.batches import Batch, TaskRows
 from lightning_modules.network.dispatch import Combine, Rows
-from lightning_modules.network.model import HeadSpec, MultiTaskNetwork, build_network
+from lightning_modules.network.model import MultiTaskNetwork, build_network
 from lightning_modules.network.routers import Routing
+from lightning_modules.network.task_heads.base import HeadSpec
 
 VOCAB = 320
 HEADS = (
     HeadSpec("pets", "classification", 3),
-    HeadSpec("stars", "regression", 1),
+    HeadSpec("stars", "regression", 1, {"mean": 0.0, "sd": 1.0}),
     HeadSpec("names", "tagging", 5),
     HeadSpec("mood", "classification", 2),
 )
@@ -68,7 +69,13 @@ def tiny_batch(tasks: Sequence[int], rows: int = 2, width: int = 7, heads: Seque
     mask = (position < lengths).long()
     inside = (position > 0) & (position < lengths - 1)
     groups = tuple(
-        TaskRows(task, i * rows, (i + 1) * rows, labels_for(heads[task], rows, (width - 1) // 2, generator))
+        TaskRows(
+            task,
+            i * rows,
+            (i + 1) * rows,
+            labels_for(heads[task], rows, (width - 1) // 2, generator),
+            torch.full((rows,), 1 / size),
+        )
         for i, task in enumerate(tasks)
     )
     ids = torch.randint(5, VOCAB, (size, width), generator=generator) * mask
@@ -94,8 +101,7 @@ def wider(batch: Batch, padding: int) -> Batch:
 
 def losses(network: MultiTaskNetwork, batch: Batch) -> Tensor:
     """Loss of every example of the batch, (B,)."""
-    outputs = network(batch)
-    return torch.cat([network.heads[g.task].loss(out, g.labels) for g, out in zip(batch.tasks, outputs, strict=True)])
+    return torch.cat(network.losses(batch))
 
 
 def mix_reference(experts: nn.ModuleList, routing: Routing, hidden: Tensor, rows: Rows, combine: Combine) -> Tensor:

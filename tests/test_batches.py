@@ -9,17 +9,8 @@ import numpy as np
 import torch
 
 from lightning_modules.config import TrialConfig
-from lightning_modules.data.batches import (
-    IGNORE,
-    StepBatches,
-    TaskData,
-    _tokenise,
-    collate,
-    eval_batches,
-    open_tasks,
-    prepare,
-    prepared_folder,
-)
+from lightning_modules.data.batches import IGNORE, Part, StepBatches, collate, eval_batches
+from lightning_modules.data.prepared import TaskData, _tokenise, _windows, open_tasks, prepare, prepared_folder
 from lightning_modules.data.tasks import TaskSpec
 from lightning_modules.data.tokenizer import load_tokenizer, prepare_tokenizer, train_tokenizer
 
@@ -31,12 +22,13 @@ def test_prepared_examples_decode_to_their_text(make_trial: Make, specs: dict[st
     tokenizer = load_tokenizer(prepare_tokenizer(config, specs, prepared))
     sentiment, count, pos = open_tasks(config, prepared)
     for i, row in enumerate(specs["toy/sentiment"].read("train")):
-        tokens, types, words = sentiment.row("train", i)
+        [(tokens, types, words, keep)] = sentiment.windows("train", [i]).rows
+        assert keep.all()
         assert tokenizer.decode(tokens, skip_special_tokens=True).strip() == row["text"]
         assert set(types) == {0} and set(words) == {-1}
         assert sentiment.labels[sentiment.targets("train", np.array([i]))[0]] == row["label"]
     for i, row in enumerate(specs["toy/pos"].read("dev")):
-        tokens, _, words = pos.row("dev", i)
+        [(tokens, _, words, _)] = pos.windows("dev", [i]).rows
         for n, word in enumerate(row["tokens"]):
             assert tokenizer.decode(tokens[words == n]).strip() == word
         assert [pos.labels[t] for t in pos.targets("dev", np.array([i]))[0]] == row["tags"]
@@ -55,19 +47,68 @@ def test_pairs_have_two_segments(specs: dict[str, TaskSpec]) -> None:
     assert set(encoded["token_type_ids"]) == {0, 1} and encoded["token_type_ids"][0] == 0
 
 
-def test_long_inputs_are_cut_and_counted(make_trial: Make, specs: dict[str, TaskSpec], tmp_path: Path) -> None:
-    config = make_trial(backbone={"max_length": 8})
+def test_long_inputs_are_read_in_windows(make_trial: Make, specs: dict[str, TaskSpec], tmp_path: Path) -> None:
+    """Every token of the whole input stands, once, in the kept part of a window, in order; its word number goes with it."""
+    config, whole = make_trial(backbone={"max_length": 8, "window_overlap": 0.5}), make_trial()
     prepare(config, specs, tmp_path)
-    whole = make_trial()
     prepare(whole, specs, tmp_path)
     for short, long in zip(open_tasks(config, tmp_path), open_tasks(whole, tmp_path), strict=True):
-        assert short.lengths("train").max() == 8
-        assert short.cut_tokens("train") == long.lengths("train").sum() - short.lengths("train").sum() > 0
-        assert long.cut_tokens("train") == 0
-    pos, rows = open_tasks(config, tmp_path)[2], list(specs["toy/pos"].read("train"))
+        assert short.count("cut_tokens") == long.count("cut_tokens") == long.count("windowed") == 0 < short.count("windowed")
+        assert short.row_counts("train").max() > 2
+        for i in range(short.size("train")):
+            [row] = long.windows("train", [i]).rows
+            windows = short.windows("train", [i]).rows
+            assert all(len(window.tokens) <= 8 for window in windows)
+            for part, special in (("tokens", 0), ("words", -1)):
+                kept = [value for w in windows for value in getattr(w, part)[1:-1][w.keep[1:-1]]]
+                assert kept == getattr(row, part)[1:-1].tolist(), special
+
+
+def test_stitched_sequences_hold_the_kept_tokens(make_trial: Make, specs: dict[str, TaskSpec], tmp_path: Path) -> None:
+    config = make_trial(backbone={"max_length": 10}, mixture={"batching": "mixed"})
+    prepare(config, specs, tmp_path)
+    tasks = open_tasks(config, tmp_path)
+    parts = [Part(0, tasks[0], "train", np.arange(6)), Part(2, tasks[2], "train", np.array([3, 1, 8]))]
+    batch = collate(parts)
+    assert batch.stitch is not None and batch.starts is not None
+    flat = batch.input_ids.flatten()
+    examples = [(part.data, i) for part in parts for i in part.rows]
+    assert len(examples) == len(batch.stitch)
+    for (data, i), places, starts in zip(examples, batch.stitch, batch.starts, strict=True):
+        windows = data.windows("train", [i]).rows
+        assert flat[places[places >= 0]].tolist() == [t for w in windows for t in w.tokens[w.keep]]
+        assert int(starts.sum()) == len(windows) and set(flat[places[starts]].tolist()) == {windows[0].tokens[0]}
+    assert [rows.sequences for rows in batch.tasks] == [slice(0, 6), slice(6, 9)]
+    assert batch.tasks[0].stop == batch.tasks[1].start == len(batch.input_ids) - (batch.tasks[1].stop - batch.tasks[1].start)
+
+
+def test_tokens_beyond_the_last_window_are_counted(make_trial: Make, specs: dict[str, TaskSpec], tmp_path: Path) -> None:
+    whole, cut = make_trial(), make_trial(backbone={"max_length": 8, "max_windows": 1})
+    prepare(whole, specs, tmp_path)
+    prepare(cut, specs, tmp_path)
+    for short, long in zip(open_tasks(cut, tmp_path), open_tasks(whole, tmp_path), strict=True):
+        lost = sum(int(long.lengths(split).sum() - short.lengths(split).sum()) for split in ("train", "dev", "test"))
+        assert short.count("cut_tokens") == lost > 0 and short.count("windowed") == 0
+    pos, rows = open_tasks(cut, tmp_path)[2], list(specs["toy/pos"].read("train"))
+    # Trained on what is seen, scored on everything.
     assert [len(tags) for tags in pos.targets("train", np.arange(len(rows)))] == [len(row["tags"]) for row in rows]
-    labels = collate([(0, pos, "train", np.arange(8))]).tasks[0].labels  # trained on what is seen, scored on everything
-    assert (labels != IGNORE).sum(1).tolist() == [pos.row("train", i)[2].max() + 1 for i in range(8)]
+
+
+def test_of_a_long_pair_the_longer_text_is_windowed(make_trial: Make) -> None:
+    tokenizer = train_tokenizer(iter(["a b c d e f g h"]), 300)
+    backbone = make_trial(backbone={"max_length": 24}).backbone
+    for first, second in (("a b c", "d e f g " * 12), ("d e f g " * 12, "a b c")):
+        windows, cut = _windows(tokenizer, first, second, backbone)
+        assert cut == 0 and len(windows) > 2
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids, *_ in windows]
+        assert all("a b c" in text for text in texts)
+        long = [i for ids, types, _, keep in windows for i, t, k in zip(ids, types, keep, strict=True)
+                if k and t == (second != "a b c") and i > 4]  # fmt: skip
+        assert long == tokenizer("d e f g " * 12, add_special_tokens=False)["input_ids"]
+    windows, cut = _windows(tokenizer, "a b " * 20, "c d " * 30, backbone)
+    room = 24 - 3
+    assert cut == len(tokenizer("a b " * 20, add_special_tokens=False)["input_ids"]) - room // 2
+    assert all(len(ids) <= 24 for ids, *_ in windows)
 
 
 def write_task(folder: Path, rows: list[dict[str, Any]]) -> TaskSpec:
@@ -84,7 +125,7 @@ def test_a_pair_counts_wherever_the_first_one_stands(
     tokenizer = load_tokenizer(prepare_tokenizer(make_trial(), specs, prepared))
     segments = []
     for order in (rows, rows[::-1]):
-        arrays = _tokenise(write_task(tmp_path, order), order, tokenizer, 32, pairs=True)
+        arrays = _tokenise("classification", order, tokenizer, make_trial().backbone, pairs=True).arrays()
         offsets = arrays["offsets"]
         segments.append([arrays["types"][offsets[i] : offsets[i + 1]].tolist() for i in range(2)])
     assert segments[0] == segments[1][::-1] and sum(map(sum, segments[0])) > 1

@@ -19,7 +19,8 @@ from helpers import (
 )
 
 from lightning_modules.config import AdapterMoEConfig, DenseConfig, ModelConfig, RouterConfig, TaskMoEConfig, TrialConfig
-from lightning_modules.network.model import HeadSpec, MultiTaskNetwork, build_network, count_parameters
+from lightning_modules.network.model import MultiTaskNetwork, build_network, count_parameters
+from lightning_modules.network.task_heads.base import HeadSpec
 
 ROUTED: dict[str, ModelConfig] = {
     f"{family}-{name}": config(router=router, **sizes)
@@ -33,7 +34,8 @@ TASKS = [0, 1, 2, 3]
 
 
 def outputs(network: MultiTaskNetwork) -> list[torch.Tensor]:
-    return network(tiny_batch(TASKS))
+    batch = tiny_batch(TASKS)
+    return [network.encode(batch)[batch.attention_mask.bool()], *network.losses(batch)]
 
 
 def assert_same_outputs(network: MultiTaskNetwork, reference: MultiTaskNetwork, atol: float = 1e-6) -> None:
@@ -61,7 +63,7 @@ def test_a_widened_network_starts_as_dense_up_to_the_noise() -> None:
     wide, dense = tiny_network(DenseConfig(ffn_multiple=3)), tiny_network(DenseConfig())
     assert_same_outputs(wide, dense, atol=0.01)
     extra = 2 * (2 * 16 * 32 + 32) * 2
-    assert count_parameters(wide)["total"] == count_parameters(dense)["total"] + extra
+    assert count_parameters(wide, len(HEADS))["total"] == count_parameters(dense, len(HEADS))["total"] + extra
 
 
 @pytest.mark.parametrize("model", ALL.values(), ids=ALL.keys())
@@ -117,9 +119,9 @@ def test_the_seed_decides_the_start_and_other_tasks_do_not_matter(model: ModelCo
     crowd = [*(HeadSpec(f"other{i}", "classification", 2) for i in range(7)), HEADS[0]]
     alone, again, many = (tiny_network(model, heads) for heads in ([HEADS[0]], [HEADS[0]], crowd))
     torch.testing.assert_close(alone.state_dict(), again.state_dict(), atol=0, rtol=0)
-    for name, value in alone.encoder.state_dict().items():
-        torch.testing.assert_close(many.encoder.state_dict()[name][: len(value)], value, atol=0, rtol=0)
-    torch.testing.assert_close(alone.heads[0].state_dict(), many.heads[7].state_dict(), atol=0, rtol=0)
+    for name, value in alone.backbone.state_dict().items():
+        torch.testing.assert_close(many.backbone.state_dict()[name][: len(value)], value, atol=0, rtol=0)
+    torch.testing.assert_close(alone.heads["0"].state_dict(), many.heads["7"].state_dict(), atol=0, rtol=0)
 
 
 def test_families_share_the_encoder_and_heads_of_a_seed() -> None:
@@ -166,14 +168,14 @@ def test_a_frozen_encoder_leaves_heads_experts_and_routers(name: str) -> None:
 
 def test_parameter_counts() -> None:
     ffn, adapter, head = 2 * 16 * 32 + 32 + 16, 2 * 16 * 3 + 3 + 16, 17
-    dense = count_parameters(tiny_network(DenseConfig()))
+    dense = count_parameters(tiny_network(DenseConfig()), len(HEADS))
     heads = head * (3 + 1 + 5 + 2)
     encoder = dense["total"] - heads
     assert dense["active"] == round(encoder + heads / 4) and dense["trainable"] == dense["total"]
-    top_2 = count_parameters(tiny_network(TaskMoEConfig(router=LEARNED["top_2"])))
+    top_2 = count_parameters(tiny_network(TaskMoEConfig(router=LEARNED["top_2"])), len(HEADS))
     assert top_2["total"] == dense["total"] + 2 * (3 * ffn + 4 * 4)
     assert top_2["active"] == dense["active"] + 2 * (ffn + 4)
-    soft = count_parameters(tiny_network(AdapterMoEConfig(bottleneck=3, router=LEARNED["soft"])))
+    soft = count_parameters(tiny_network(AdapterMoEConfig(bottleneck=3, router=LEARNED["soft"])), len(HEADS))
     assert soft["active"] == dense["active"] + 2 * (4 * adapter + 4)
     frozen = TrialConfig(backbone=replace(TINY, frozen=True), model=AdapterMoEConfig(bottleneck=3))
-    assert count_parameters(build_network(frozen, HEADS, VOCAB))["trainable"] == heads + 2 * (4 * adapter + 4 * 4)
+    assert count_parameters(build_network(frozen, HEADS, VOCAB), len(HEADS))["trainable"] == heads + 2 * (4 * adapter + 4 * 4)

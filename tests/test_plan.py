@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 import yaml
 
+from lightning_modules.building import build
 from lightning_modules.config import (
     FAMILIES,
     NOT_IN_IDENTITY,
@@ -20,7 +21,6 @@ from lightning_modules.config import (
     RouterConfig,
     TaskMoEConfig,
     TrialConfig,
-    build,
     flatten,
     to_plain,
 )
@@ -133,7 +133,7 @@ def other_values(annotation: Any, value: Any) -> Iterator[Any]:
     if isinstance(value, bool):
         yield not value
     elif isinstance(value, (int, float)):
-        yield from (value + 1, value * 2, value / 2, 1, 3, 0.5)
+        yield from (other for other in (value + 1, value * 2, value / 2, 1, 3, 0.5) if other != value)
     elif isinstance(value, str):
         options = get_args(annotation) if get_origin(annotation) is Literal else (f"{value}x",)
         yield from (option for option in options if option != value)
@@ -142,7 +142,7 @@ def other_values(annotation: Any, value: Any) -> Iterator[Any]:
     elif isinstance(value, Mapping):
         yield from ({"a": 1}, {"a": "00cc"})
     else:
-        yield from (3, 0.3, "0" * 40)
+        yield from (3, 0.3, 64, "0" * 40)
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -164,11 +164,14 @@ def changed(config: TrialConfig, key: str, value: Any) -> TrialConfig:
     for part in outer:
         target = target[part]
     target[last] = value
-    needs: dict[tuple[str, Any], dict[str, Any]] = {
-        ("mixture.cap", 3): {"sampling": "capped"},
-        ("mixture.sampling", "capped"): {"cap": 10},
+    needs: dict[str, dict[str, Any]] = {
+        "mixture.cap": {"sampling": "capped"},
+        "mixture.max_epochs": {"sampling": "unimax"},
+        "mixture.weights": {"sampling": "weights"},
+        "mixture.adapt_every": {"sampling": "adaptive"},
+        "data.draw": {"few_shot": 4},
     }
-    target.update(needs.get((key, value) if not isinstance(value, (list, dict)) else ("", None), {}))
+    target.update(needs.get(key, {}))
     return build(TrialConfig, plain, "trial")
 
 
@@ -297,7 +300,8 @@ def test_the_catalogues_low_resource_is_the_default_of_the_mixtures(project: Pat
 def test_data_that_changes_gives_other_ids_only_where_it_is_read(project: Path) -> None:
     backbone = {"size": {"tokenizer_tasks": ["a"]}}
     before = plan_of(project, trial={"backbone": backbone, "mixture": {"tasks": ["*"]}})
-    (project / "c.train.jsonl").write_text('{"text": "new", "label": "y"}\n' * SIZES["c"])
+    rows = [f'{{"text": "new {i}", "label": "{"yn"[i % 2]}"}}\n' for i in range(SIZES["c"])]
+    (project / "c.train.jsonl").write_text("".join(rows))
     after = plan_of(project, trial={"backbone": backbone, "mixture": {"tasks": ["*"]}})
     assert candidates(before)[0].trial_id != candidates(after)[0].trial_id
     alone = [{t.task: t.trial_id for t in plan.trials if t.task} for plan in (before, after)]
@@ -577,10 +581,10 @@ def test_a_torn_line_is_named_by_file_and_number(project: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"kind": "text2text"}, "toy.yaml: task a: kind must be one of classification, regression, tagging, got 'text2text'"),
+        ({"kind": "poetry"}, "toy.yaml: task a: kind must be one of classification, regression, choice, tagging, spans, "),
         ({"metric": "f2"}, "toy.yaml: task a: metric must be one of accuracy"),
         ({"labels": ["y", "x"]}, "{folder}/a.train.jsonl:2: label must be one of y, x, got 'n'"),
-        ({"files": {"train": "a.train.jsonl"}}, "toy.yaml: task a: files must have train, dev and test, got ['train']"),
+        ({"files": {"train": "a.train.jsonl"}}, "toy.yaml: task a: files must have train, dev and test (or splits: "),
         ({"low_resource": 41}, "toy.yaml: task a: low_resource: must be at most the 40 training examples of a, got 41"),
     ],
 )

@@ -69,7 +69,7 @@ def test_catalogue_has_every_kind_and_relation_and_can_be_read() -> None:
     assert {spec.kind for spec in SPECS} == {"classification", "regression", "tagging"}
     assert {spec.category for spec in SPECS} == {"planted/shares", "planted/independent", "planted/competes"}
     for spec in SPECS:
-        counts = check(spec)
+        counts = check(spec).sizes
         assert counts["train"] == spec.planted["train"] and counts["dev"] == 200 and counts["test"] == 600
         assert spec.low_resource is None or spec.low_resource < counts["train"]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_modules.data.batches import prepare
+from lightning_modules.data.prepared import prepare
 from pipelines.plan import CANDIDATE, SINGLE_TASK, Plan, make_plan
 from pipelines.spec import load_sweep
 from pipelines.store import TrialFolder

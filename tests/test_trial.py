@@ -14,7 +14,7 @@ import torch
 
 from lightning_modules.checkpoints import list_checkpoints, load_newest, save_checkpoint
 from lightning_modules.config import TrialConfig
-from lightning_modules.data.batches import open_tasks, prepare
+from lightning_modules.data.prepared import open_tasks, prepare
 from lightning_modules.data.tasks import TaskSpec
 from pipelines.store import TrialFolder
 from pipelines.trial import DivergedError, run_trial
@@ -58,7 +58,14 @@ def test_a_trial_learns_and_writes_its_files(make_trial: Make, prepared: Path, t
     assert curve(folder)[-1][1]["train/loss"] < curve(folder)[0][1]["train/loss"]
     assert "score/dev/toy/pos/accuracy" in curve(folder)[1][1]
     assert result.resume == {"count": 0, "exact": True, "differences": []}
-    assert result.data["toy/pos"] == {"train": 60, "dev": 24, "test": 24, "cut_tokens": 0}
+    assert result.data["toy/pos"] == {
+        "train": 60,
+        "dev": 24,
+        "test": 24,
+        "windowed": 0,
+        "cut_tokens": 0,
+        "cut_target_tokens": 0,
+    }
 
 
 @pytest.mark.parametrize("step", [3, 6, 9, 12])
@@ -133,11 +140,11 @@ def test_a_diverging_trial_fails_with_the_reason(make_trial: Make, prepared: Pat
 def test_words_beyond_the_longest_input_count_as_wrong(
     make_trial: Make, prepared: Path, specs: dict[str, TaskSpec], tmp_path: Path
 ) -> None:
-    config = make_trial(backbone={"max_length": 8}, names=("toy/pos",), train={"steps": 60, "log_every": 60})
+    config = make_trial(backbone={"max_length": 8, "max_windows": 1}, names=("toy/pos",), train={"steps": 60, "log_every": 60})
     prepare(config, specs, tmp_path / "prepared")
     result = run_trial(config, TrialFolder(tmp_path, config.trial_id), tmp_path / "prepared")
     task = open_tasks(config, tmp_path / "prepared")[0]
-    seen = sum(int(task.row("test", i)[2].max()) + 1 for i in range(24))
+    seen = sum(int(row.words.max()) + 1 for row in task.windows("test", range(24)).rows)
     words = sum(len(row["tags"]) for row in specs["toy/pos"].read("test"))
     assert result is not None and seen < words
     assert 0.9 * seen / words < result.scores["test"]["toy/pos"]["accuracy"] <= seen / words  # type: ignore[operator]

@@ -1,44 +1,49 @@
-"""From examples to batches: tokenised once per sweep into memory-mapped arrays, then sliced by step and rank.
+"""From examples to batches: prepared arrays, then sliced by step and rank.
 
-Shapes: B rows of a forward, S tokens of its longest row, W words of its longest row.
+Shapes: B rows of a forward, S tokens of its longest row, W words of its longest example. A row is one window of one input
+sequence; an input that fits into ``backbone.max_length`` is one row. An example has one sequence, or one per option (choice).
 """
 
 import hashlib
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, List, Value
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from lightning_modules.config import TrialConfig
-from lightning_modules.data.mixtures import Group, Schedule, subset
-from lightning_modules.data.tasks import SPLITS, Split, TaskSpec
-from lightning_modules.data.tokenizer import load_tokenizer, prepare_tokenizer, tokenizer_key
-from lightning_modules.files import atomic_folder
-
-VERSION = 2
-"""Raise when the arrays' form or content changes."""
+from lightning_modules.data.mixtures import Schedule, subset
+from lightning_modules.data.prepared import TaskData
+from lightning_modules.data.splits import few_shot
+from lightning_modules.data.tasks import Split
 
 IGNORE = -100
-"""Label of words that are padding."""
+"""Label of what is padding."""
 
 
 @dataclass(frozen=True, slots=True)
 class TaskRows:
-    """Rows ``start:stop`` of a batch belong to task number ``task``."""
+    """The part of a batch that belongs to task number ``task``: its rows ``start:stop`` hold n examples."""
 
     task: int
     start: int
     stop: int
     labels: Tensor
-    """classification (n,) int64; regression (n,) float32; tagging (n, W) int64, padded with :data:`IGNORE`."""
+    """In the form of ``lightning_modules.data.kinds``: (n,) int64 or float32, (n, W) or (n, K, width) int64, padded with
+    :data:`IGNORE`; text2text (n, T) int64, the target's token ids."""
+    weights: Tensor
+    """(n,) float32: what each example's loss counts in the step's loss. Over all groups and workers they sum to 1."""
+    first: int = -1
+    """The part's sequences are ``first:last`` of the batch's; -1: its rows are its sequences."""
+    last: int = -1
+    options: Tensor | None = None
+    """(n,) int64, the number of sequences of each example; None: one."""
+
+    @property
+    def sequences(self) -> slice:
+        """Where the part's sequences stand among the batch's."""
+        return slice(self.start, self.stop) if self.first < 0 else slice(self.first, self.last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +57,13 @@ class Batch:
     token_type_ids: Tensor
     """(B, S) int64, 1 in the second text of a pair."""
     word_index: Tensor
-    """(B, S) int64, the word that a token belongs to (tagging), -1 for special tokens and padding."""
+    """(B, S) int64, the word that a token belongs to (kinds with words), -1 for special tokens and padding."""
     tasks: tuple[TaskRows, ...]
+    stitch: Tensor | None = None
+    """(N, S') int64 where some input has several windows: for each of the N sequences, the numbers of its tokens among the
+    B x S of the rows, overlaps left out, -1 for padding. None: each row is a sequence."""
+    starts: Tensor | None = None
+    """(N, S') bool with ``stitch``: the first token of each window."""
 
     @property
     def task_ids(self) -> Tensor:
@@ -63,231 +73,169 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on ``device``."""
-        rows = tuple(replace(r, labels=r.labels.to(device)) for r in self.tasks)
-        return Batch(
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.token_type_ids.to(device),
-            self.word_index.to(device),
-            rows,
+        return replace(self, tasks=tuple(_moved(rows, device) for rows in self.tasks), **_tensors(self, device))
+
+
+def _tensors(holder: Batch | TaskRows, device: torch.device | str) -> dict[str, Tensor]:
+    values = {f.name: getattr(holder, f.name) for f in fields(holder)}
+    return {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _moved(rows: TaskRows, device: torch.device | str) -> TaskRows:
+    return replace(rows, **_tensors(rows, device))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Examples of one task that go into a batch."""
+
+    task: int
+    data: TaskData
+    split: Split
+    rows: np.ndarray
+    """Numbers of the examples, (n,)."""
+    weights: np.ndarray | None = None
+    """(n,) float32, see :attr:`TaskRows.weights`; None: equal, summing to 1."""
+
+
+def collate(parts: Sequence[Part]) -> Batch:
+    """One batch of ``parts``, in that order, padded to the longest row."""
+    windows = [part.data.windows(part.split, part.rows) for part in parts]
+    rows = [row for part in windows for row in part.rows]
+    width = max(len(row.tokens) for row in rows)
+    tokens, types, words, mask = (np.full((len(rows), width), fill, dtype=np.int64) for fill in (parts[0].data.pad, 0, -1, 0))
+    for i, row in enumerate(rows):
+        n = len(row.tokens)
+        tokens[i, :n], types[i, :n], words[i, :n], mask[i, :n] = row.tokens, row.types, row.words, 1
+    several = any(len(part.rows) != len(part.rows_per_sequence) for part in windows)
+    tasks, start, first = [], 0, 0
+    for part, of_part in zip(parts, windows, strict=True):
+        n = len(part.rows)
+        stop, last = start + len(of_part.rows), first + len(of_part.rows_per_sequence)
+        weights = np.full(n, 1 / max(1, n), dtype=np.float32) if part.weights is None else part.weights
+        tasks.append(
+            TaskRows(
+                task=part.task,
+                start=start,
+                stop=stop,
+                labels=label_tensor(part.data, part.split, part.rows),
+                weights=torch.from_numpy(weights),
+                first=first if several else -1,
+                last=last if several else -1,
+                options=None if of_part.options is None else torch.from_numpy(of_part.options),
+            )
         )
+        start, first = stop, last
+    tensors = map(torch.from_numpy, (tokens, mask, types, words))
+    batch = Batch(*tensors, tasks=tuple(tasks))
+    if not several:
+        return batch
+    counts = [n for part in windows for n in part.rows_per_sequence]
+    stitch, starts = _stitch(counts, [row.keep for row in rows], width)
+    return replace(batch, stitch=torch.from_numpy(stitch), starts=torch.from_numpy(starts))
 
 
-def prepared_folder(config: TrialConfig, task: str, root: Path) -> Path:
-    """Where the arrays of ``task`` stand, named by everything that decides their content."""
-    content = [VERSION, task, config.digests.get(task), tokenizer_key(config), config.backbone.max_length]
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-    return root / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', task)[:80]}-{digest}"
+def _stitch(counts: Sequence[int], keep: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N, S') token numbers (row x width + position) of each sequence and where its windows begin."""
+    sequences, row = [], 0
+    for count in counts:
+        sequences.append([number * width + np.flatnonzero(keep[number]) for number in range(row, row + count)])
+        row += count
+    longest = max(sum(map(len, windows)) for windows in sequences)
+    stitch = np.full((len(counts), longest), -1, dtype=np.int64)
+    starts = np.zeros_like(stitch, dtype=bool)
+    for i, windows in enumerate(sequences):
+        together = np.concatenate(windows)
+        stitch[i, : len(together)] = together
+        starts[i, np.cumsum([0, *map(len, windows[:-1])])] = True
+    return stitch, starts
 
 
-def prepare(config: TrialConfig, specs: Mapping[str, TaskSpec], root: Path) -> None:
-    """Tokenise the tasks of ``config`` into ``root``, those that are not there yet. Safe to call from several processes.
-
-    Raises:
-        ConfigError: an example is malformed (with file and line).
-    """
-    folder = prepare_tokenizer(config, specs, root)
-    missing = [name for name in config.mixture.tasks if not prepared_folder(config, name, root).exists()]
-    if not missing:
-        return
-    tokenizer = load_tokenizer(folder)
-    for name in missing:
-        with atomic_folder(prepared_folder(config, name, root)) as temporary:
-            _write_task(specs[name], tokenizer, config.backbone.max_length, temporary)
+def label_tensor(data: TaskData, split: Split, rows: np.ndarray) -> Tensor:
+    """The labels of the given examples, padded with :data:`IGNORE` to the most items."""
+    items = data.labels_of(split, rows)
+    if data.scalar:
+        values = np.concatenate(items) if items else np.zeros(0)
+        return torch.from_numpy(values.astype(np.float32 if data.kind == "regression" else np.int64))
+    longest = max([1, *map(len, items)])
+    padded = np.full((len(items), longest, *items[0].shape[1:]), IGNORE, dtype=np.int64)
+    for i, item in enumerate(items):
+        padded[i, : len(item)] = item
+    return torch.from_numpy(padded)
 
 
-def _write_task(spec: TaskSpec, tokenizer: PreTrainedTokenizerBase, max_length: int, folder: Path) -> None:
-    meta: dict[str, Any] = {"name": spec.name, "kind": spec.kind, "metric": spec.metric, "labels": spec.labels, "splits": {}}
-    meta |= {"vocab_size": len(tokenizer), "pad": tokenizer.pad_token_id}
-    rows = {split: list(spec.read(split)) for split in SPLITS}
-    pairs = any("text_pair" in row for of_split in rows.values() for row in of_split)
-    for split in SPLITS:
-        arrays = _tokenise(spec, rows[split], tokenizer, max_length, pairs)
-        meta["splits"][split] = {"examples": len(arrays["offsets"]) - 1, "cut_tokens": arrays.pop("cut")}
-        for name, array in arrays.items():
-            np.save(folder / f"{split}.{name}.npy", array)
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-
-
-def _tokenise(
-    spec: TaskSpec, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int, pairs: bool
-) -> dict[str, Any]:
-    """Flat token arrays with offsets, labels in their kind's form, and the number of tokens beyond ``max_length``. In a task
-    with pairs (``pairs``) an example without a second text has an empty one."""
-    ids: list[list[int]] = []
-    types: list[list[int]] = []
-    words: list[list[int]] = []
-    cut = 0
-    tagging = spec.kind == "tagging"
-    options: dict[str, Any] = {"is_split_into_words": tagging, "return_token_type_ids": True}
-    for chunk in _inputs(rows, tagging).iter(batch_size=1000):
-        assert isinstance(chunk, dict)
-        texts, seconds = (chunk["tokens"], None) if tagging else (chunk["text"], chunk["text_pair"] if pairs else None)
-        encoded = tokenizer(texts, seconds, truncation="longest_first", max_length=max_length, **options)
-        whole = tokenizer(texts, seconds, verbose=False, **options)["input_ids"]
-        cut += sum(len(a) - len(b) for a, b in zip(whole, encoded["input_ids"], strict=True))
-        ids += encoded["input_ids"]
-        types += encoded["token_type_ids"]
-        for i, row in enumerate(encoded["input_ids"]):
-            words.append([-1 if w is None else w for w in encoded.word_ids(i)] if tagging else [-1] * len(row))
-    arrays: dict[str, Any] = {
-        "tokens": np.array([t for row in ids for t in row], dtype=np.int32),
-        "types": np.array([t for row in types for t in row], dtype=np.int8),
-        "words": np.array([w for row in words for w in row], dtype=np.int32),
-        "offsets": np.cumsum([0, *map(len, ids)]),
-        "cut": cut,
-    }
-    return arrays | _labels(spec, rows)
-
-
-def _inputs(rows: list[dict[str, Any]], tagging: bool) -> Dataset:
-    """The input columns as a typed table; whatever else the rows hold is none of the model's business."""
-    if tagging:
-        columns = Features({"tokens": List(Value("string"))})
-        return Dataset.from_dict({"tokens": [row["tokens"] for row in rows]}, features=columns)
-    columns = Features({"text": Value("string"), "text_pair": Value("string")})
-    texts = {"text": [row["text"] for row in rows], "text_pair": [row.get("text_pair", "") for row in rows]}
-    return Dataset.from_dict(texts, features=columns)
-
-
-def _labels(spec: TaskSpec, rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    number = {label: i for i, label in enumerate(spec.labels)}
-    if spec.kind == "regression":
-        return {"labels": np.array([row["label"] for row in rows], dtype=np.float32)}
-    if spec.kind == "classification":
-        return {"labels": np.array([number[row["label"]] for row in rows], dtype=np.int64)}
-    return {
-        "labels": np.array([number[tag] for row in rows for tag in row["tags"]], dtype=np.int64),
-        "label_offsets": np.cumsum([0, *(len(row["tags"]) for row in rows)]),
-    }
-
-
-class TaskData:
-    """The memory-mapped arrays of one task."""
-
-    def __init__(self, folder: Path) -> None:
-        """Raises:
-        FileNotFoundError: the task has not been prepared.
-        """
-        self._meta = json.loads((folder / "meta.json").read_text())
-        self._arrays = {path.name.removesuffix(".npy"): np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
-        self.name: str = self._meta["name"]
-        self.kind: str = self._meta["kind"]
-        self.metric: str = self._meta["metric"]
-        self.labels: tuple[str, ...] = tuple(self._meta["labels"])
-        self.vocab_size: int = self._meta["vocab_size"]
-        self.pad: int = self._meta["pad"]
-
-    def size(self, split: Split) -> int:
-        """Number of examples."""
-        return self._meta["splits"][split]["examples"]
-
-    def cut_tokens(self, split: Split) -> int:
-        """Tokens beyond ``max_length`` that the arrays do not hold."""
-        return self._meta["splits"][split]["cut_tokens"]
-
-    def lengths(self, split: Split) -> np.ndarray:
-        """(n,) tokens per example."""
-        return np.diff(self._arrays[f"{split}.offsets"])
-
-    def row(self, split: Split, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Token ids, token types and word indices of one example, each (tokens,)."""
-        start, stop = self._arrays[f"{split}.offsets"][i : i + 2]
-        return tuple(self._arrays[f"{split}.{name}"][start:stop] for name in ("tokens", "types", "words"))  # type: ignore[return-value]
-
-    def targets(self, split: Split, rows: np.ndarray | list[int]) -> list[Any]:
-        """Gold answers as Python values: label number, number, or list of label numbers, one for every word of the example
-        (words beyond ``max_length`` included: what the model does not see counts as wrong)."""
-        labels = self._arrays[f"{split}.labels"]
-        if self.kind != "tagging":
-            return labels[rows].tolist()
-        offsets = self._arrays[f"{split}.label_offsets"]
-        return [labels[offsets[i] : offsets[i + 1]].tolist() for i in rows]
-
-
-def open_tasks(config: TrialConfig, root: Path) -> list[TaskData]:
-    """The tasks of the mixture in its order.
-
-    Raises:
-        FileNotFoundError: one of them has not been prepared (see :func:`prepare`).
-    """
-    return [TaskData(prepared_folder(config, name, root)) for name in config.mixture.tasks]
-
-
-def collate(parts: Sequence[tuple[int, TaskData, Split, np.ndarray]]) -> Batch:
-    """One batch of the given (task number, data, split, row numbers), in that order, padded to the longest row."""
-    rows = [data.row(split, int(i)) for _, data, split, numbers in parts for i in numbers]
-    width = max(len(tokens) for tokens, _, _ in rows)
-    arrays = [np.full((len(rows), width), fill, dtype=np.int64) for fill in (parts[0][1].pad, 0, -1, 0)]
-    for i, values in enumerate(rows):
-        for array, value in zip(arrays, values, strict=False):
-            array[i, : len(value)] = value
-        arrays[3][i, : len(values[0])] = 1
-    tokens, types, words, mask = map(torch.from_numpy, arrays)
-    tasks, start = [], 0
-    for task, data, split, numbers in parts:
-        tasks.append(TaskRows(task, start, start + len(numbers), _label_tensor(data, split, numbers)))
-        start += len(numbers)
-    return Batch(tokens, mask, types, words, tuple(tasks))
-
-
-def _label_tensor(data: TaskData, split: Split, rows: np.ndarray) -> Tensor:
-    values = data.targets(split, rows)
-    if data.kind == "regression":
-        return torch.tensor(values, dtype=torch.float32)
-    if data.kind == "classification":
-        return torch.tensor(values, dtype=torch.int64)
-    seen = [int(data.row(split, int(i))[2].max(initial=-1)) + 1 for i in rows]  # words that have a token
-    width = max(1, *seen)
-    padded = [tags[:n] + [IGNORE] * (width - n) for tags, n in zip(values, seen, strict=True)]
-    return torch.tensor(padded, dtype=torch.int64)
+def chosen_rows(config: TrialConfig, task: TaskData, split: Split) -> np.ndarray:
+    """Numbers, ascending, of the examples of ``split`` that a trial uses: few-shot sample, caps, low resource."""
+    rows = np.arange(task.size(split))
+    if config.data.few_shot is not None and split != "test":
+        labels = task.class_of_each(split)
+        rows = np.sort(few_shot(task.name, labels, config.data.few_shot, config.data.draw, task.size(split)))
+    limit = config.data.max_train if split == "train" else config.data.max_eval
+    if split == "train":
+        limit = min((n for n in (limit, config.mixture.low_resource.get(task.name)) if n), default=None)
+    return rows[subset(task.name, len(rows), limit)]
 
 
 class StepBatches:
-    """The training batches of every step: ``batches(step)`` is a pure function of (config, step) for each rank."""
+    """The training batches of every step: ``batches(step)`` is a pure function of (config, step) for each rank; with adaptive
+    sampling of the shares learned so far, too (``schedule.segments``)."""
 
     def __init__(self, config: TrialConfig, tasks: Sequence[TaskData], rank: int = 0, world_size: int = 1) -> None:
         """Each rank gets every ``world_size``-th row of every group of the one global step."""
         self.config, self.tasks = config, tasks
         self.rank, self.world_size = rank, world_size
-        mixture = config.mixture
-        keep = [min((n for n in (mixture.low_resource.get(t.name), config.data.max_train) if n), default=None) for t in tasks]
-        self.rows = [subset(t.name, t.size("train"), n) for t, n in zip(tasks, keep, strict=True)]
-        lengths = [t.lengths("train")[rows] for t, rows in zip(tasks, self.rows, strict=True)]
-        self.schedule = Schedule(mixture, [t.name for t in tasks], lengths, config.seed)
+        self.rows = [chosen_rows(config, task, "train") for task in tasks]
+        self.trained = [i for i, task in enumerate(tasks) if task.name not in config.mixture.held_out]
+        names = [tasks[i].name for i in self.trained]
+        lengths = [tasks[i].lengths("train")[self.rows[i]] for i in self.trained]
+        budget = config.train.steps * config.mixture.batch_size
+        self.schedule = Schedule(config.mixture, names, lengths, config.seed, budget=budget)
 
     def batches(self, step: int) -> list[Batch]:
-        """The step's forwards, in order: one per group (``single_task``) or one for all (``mixed``)."""
-        groups = self.schedule.groups(step)
+        """The step's forwards, in order: one per group (``single_task``) or one for all (``mixed``). A rank for which a group
+        has no row left takes no part in it."""
+        parts = [part for part in self._parts(step) if len(part.rows)]
         if self.config.mixture.batching == "single_task":
-            return [collate([self._part(group)]) for group in groups]
-        merged: list[Group] = []
-        for group in groups:
-            if merged and merged[-1].task == group.task:
-                merged[-1] = Group(group.task, np.concatenate([merged[-1].rows, group.rows]))
-            else:
-                merged.append(group)
-        return [collate([self._part(group) for group in merged])]
+            return [collate([part]) for part in parts]
+        merged: list[Part] = []
+        for part in parts:
+            if merged and merged[-1].task == part.task:
+                before = merged.pop()
+                assert before.weights is not None and part.weights is not None
+                rows, weights = (np.concatenate(pair) for pair in ((before.rows, part.rows), (before.weights, part.weights)))
+                part = replace(part, rows=rows, weights=weights)
+            merged.append(part)
+        return [collate(merged)] if merged else []
 
-    def _part(self, group: Group) -> tuple[int, TaskData, Split, np.ndarray]:
-        rows = self.rows[group.task][group.rows[self.rank :: self.world_size]]
-        return group.task, self.tasks[group.task], "train", rows
+    def _parts(self, step: int) -> Iterator[Part]:
+        """This rank's part of each group of the step."""
+        groups = self.schedule.groups(step)
+        for group in groups:
+            task = self.trained[group.task]
+            rows = self.rows[task][group.rows[self.rank :: self.world_size]]
+            weights = np.full(len(rows), 1 / (len(groups) * len(group.rows)), dtype=np.float32)
+            yield Part(task, self.tasks[task], "train", rows, weights)
 
     def digest(self, step: int) -> str:
         """16 hex digits of which examples step ``step`` holds, over all ranks."""
         content = hashlib.sha256()
         for group in self.schedule.groups(step):
-            content.update(self.tasks[group.task].name.encode() + self.rows[group.task][group.rows].astype(np.int64).tobytes())
+            task = self.trained[group.task]
+            content.update(self.tasks[task].name.encode() + self.rows[task][group.rows].astype(np.int64).tobytes())
         return content.hexdigest()[:16]
 
 
 def eval_batches(
     config: TrialConfig, number: int, data: TaskData, split: Split, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """The split in batches of similar length: (row numbers, batch); each rank gets every ``world_size``-th batch."""
-    rows = subset(data.name, data.size(split), config.data.max_eval)
+    """The split in batches of similar length: (example numbers, batch); each rank gets every ``world_size``-th batch.
+
+    A batch holds ``eval_batch_size`` rows, or one example where that alone has more (long inputs and options have several).
+    """
+    rows = chosen_rows(config, data, split)
     rows = rows[np.argsort(data.lengths(split)[rows], kind="stable")]
-    size = config.train.eval_batch_size
-    for start in range(rank * size, len(rows), world_size * size):
-        chunk = rows[start : start + size]
-        yield chunk, collate([(number, data, split, chunk)])
+    which = (np.cumsum(data.row_counts(split)[rows]) - 1) // config.train.eval_batch_size
+    starts = np.flatnonzero(np.diff(which, prepend=-1))
+    for i, chunk in enumerate(np.split(rows, starts[1:])):
+        if i % world_size == rank and len(chunk):
+            yield chunk, collate([Part(number, data, split, chunk)])

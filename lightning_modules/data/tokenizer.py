@@ -1,4 +1,4 @@
-"""The tokenizer of a trial: the backbone's own, or a byte-pair one trained on the tasks' texts for ``tiny-encoder``."""
+"""The tokenizer of a trial: the backbone's own, or a byte-pair one trained on the tasks' texts for the built-in backbones."""
 
 import hashlib
 import json
@@ -9,18 +9,24 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lightning_modules.config import TrialConfig
+from lightning_modules.data.posing import formed
 from lightning_modules.data.tasks import TaskSpec
 from lightning_modules.files import atomic_folder
 
-VERSION = 1
+VERSION = 2
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def tokenizer_key(config: TrialConfig) -> str:
     """16 hex digits of what decides the token ids: the backbone's content, or the training texts and vocabulary size."""
-    if config.backbone.name == "tiny-encoder":
+    if config.backbone.built_in:
         tasks = config.backbone.size.tokenizer_tasks or config.mixture.tasks
-        content = [VERSION, config.backbone.size.vocab_size, [[name, config.digests.get(name)] for name in sorted(tasks)]]
+        content = [
+            VERSION,
+            config.data.form,
+            config.backbone.size.vocab_size,
+            [[name, config.digests.get(name)] for name in sorted(tasks)],
+        ]
     else:
         content = [config.digests.get("backbone", config.backbone.name), config.backbone.revision]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
@@ -31,9 +37,9 @@ def prepare_tokenizer(config: TrialConfig, specs: Mapping[str, TaskSpec], root: 
     folder = root / f"tokenizer-{tokenizer_key(config)}"
     if not folder.exists():
         with atomic_folder(folder) as temporary:
-            if config.backbone.name == "tiny-encoder":
+            if config.backbone.built_in:
                 tasks = config.backbone.size.tokenizer_tasks or config.mixture.tasks
-                texts = (text for name in sorted(tasks) for text in _texts(specs[name]))
+                texts = (text for name in sorted(tasks) for text in _texts(formed(specs[name], config.data.form)))
                 tokenizer = train_tokenizer(texts, config.backbone.size.vocab_size)
             else:
                 tokenizer = AutoTokenizer.from_pretrained(config.backbone.name, revision=config.backbone.revision)
@@ -47,8 +53,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with BERT's special tokens. Unlike WordPiece training it is deterministic
-    (INTEGRATION 5), so the same texts give the same ids everywhere."""
+    """A byte-level BPE tokenizer with BERT's special tokens; [CLS] begins a text and [SEP] ends it, for encoder and decoder
+    alike. Unlike WordPiece training it is deterministic (INTEGRATION 5), so the same texts give the same ids everywhere."""
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -65,6 +71,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
         single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
     )
     names = {f"{name.strip('[]').lower()}_token": name for name in SPECIALS}
+    names |= {"bos_token": "[CLS]", "eos_token": "[SEP]"}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **names
     )
@@ -75,6 +82,5 @@ def _texts(spec: TaskSpec) -> Iterator[str]:
         if "tokens" in row:
             yield " ".join(row["tokens"])
         else:
-            yield row["text"]
-            if row.get("text_pair"):
-                yield row["text_pair"]
+            texts = [row["text"], row.get("text_pair"), *row.get("options", ()), *(row.get("targets") or [row.get("target")])]
+            yield from (text for text in texts if text)

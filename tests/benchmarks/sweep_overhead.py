@@ -25,7 +25,7 @@ import yaml
 os.environ["HF_HUB_OFFLINE"] = "1"
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-from lightning_modules.data.batches import prepare
+from lightning_modules.data.prepared import prepare
 from pipelines.plan import Plan, make_plan
 from pipelines.runner import Launch, run_trials
 from pipelines.spec import load_sweep

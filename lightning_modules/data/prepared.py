@@ -1,0 +1,405 @@
+"""Tasks as memory-mapped arrays: tokenised once, named by their content, opened by every trial.
+
+An example is one input sequence (choice: one per option); a sequence that is longer than ``backbone.max_length`` is several
+windows. A row is one window.
+"""
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from lightning_modules.config import BackboneConfig, TrialConfig
+from lightning_modules.data import kinds
+from lightning_modules.data.posing import formed
+from lightning_modules.data.tasks import SPLITS, Split, TaskSpec
+from lightning_modules.data.tokenizer import load_tokenizer, prepare_tokenizer, tokenizer_key
+from lightning_modules.files import atomic_folder
+from lightning_modules.measure.floors import floor
+
+VERSION = 3
+"""Raise when the arrays' form or content changes."""
+
+WORD_KINDS = ("tagging", "spans", "dependency", "constituency", "srl")
+"""Kinds whose examples are words rather than text."""
+
+PARALLEL_FROM = 20_000
+"""Examples that are left to prepare from which on several processes share the work: starting one costs seconds."""
+
+
+def prepared_folder(config: TrialConfig, task: str, root: Path) -> Path:
+    """Where the arrays of ``task`` stand, named by everything that decides their content."""
+    backbone = config.backbone
+    lengths = [backbone.max_length, backbone.window_overlap, backbone.max_windows, backbone.max_target_length]
+    content = [VERSION, task, config.digests.get(task), config.data.form, tokenizer_key(config), *lengths]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    return root / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', task)[:80]}-{digest}"
+
+
+def prepare(config: TrialConfig, specs: Mapping[str, TaskSpec], root: Path, processes: int | None = None) -> None:
+    """Write the arrays of ``config``'s tasks into ``root``, those that are not there yet. Safe to call from several processes
+    and sweeps at the same time: a folder is written under another name and then renamed.
+
+    ``processes``: at most so many share the work where there is much of it; None: one per CPU core.
+
+    Raises:
+        ConfigError: an example is malformed (with file and line).
+    """
+    tokenizer = prepare_tokenizer(config, specs, root)
+    missing = [name for name in config.mixture.tasks if not prepared_folder(config, name, root).exists()]
+    jobs = [
+        (formed(specs[name], config.data.form), tokenizer, config.backbone, prepared_folder(config, name, root))
+        for name in missing
+    ]
+    workers = min(len(jobs), processes or len(os.sched_getaffinity(0)))
+    if workers < 2 or sum(_size_on_disk(spec) for spec, *_ in jobs) < PARALLEL_FROM * 100:
+        for job in jobs:
+            _prepare_task(*job)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for done in [pool.submit(_prepare_task, *job) for job in jobs]:
+            done.result()
+
+
+def _size_on_disk(spec: TaskSpec) -> int:
+    return sum(path.stat().st_size for path in spec.files.values() if path.is_file())
+
+
+def _prepare_task(spec: TaskSpec, tokenizer_folder: Path, backbone: BackboneConfig, folder: Path) -> None:
+    with atomic_folder(folder) as temporary:
+        _write_task(spec, tokenizer_folder, backbone, temporary)
+
+
+def _write_task(spec: TaskSpec, tokenizer_folder: Path, backbone: BackboneConfig, folder: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_folder)
+    rows = {split: list(spec.read(split)) for split in SPLITS}
+    meta: dict[str, Any] = {"name": spec.name, "kind": spec.kind, "metric": spec.metric, "labels": spec.labels, "splits": {}}
+    meta |= {"vocab_size": len(tokenizer), "pad": tokenizer.pad_token_id, "tokenizer": tokenizer_folder.name}
+    meta["facts"] = facts = kinds.facts(spec, rows)
+    pairs = any("text_pair" in row for of_split in rows.values() for row in of_split)
+    for split in SPLITS:
+        tokens = _tokenise(spec.kind, rows[split], tokenizer, backbone, pairs)
+        arrays, counts = tokens.arrays(), {"examples": len(rows[split]), "windowed": tokens.windowed, "cut_tokens": tokens.cut}
+        if spec.kind == "text2text":
+            targets, counts["cut_target_tokens"] = _targets(rows[split], tokenizer, backbone.max_target_length)
+            arrays |= _ragged("labels", targets, np.int32)
+            gold = [row.get("targets") or [row["target"]] for row in rows[split]]
+            (folder / f"{split}.references.json").write_text(json.dumps(gold))
+        else:
+            items = [np.array(kinds.label_items(spec, row, facts)) for row in rows[split]]
+            shaped = [item.reshape(-1, kinds.width(spec.kind)) for item in items]
+            arrays |= _ragged("labels", shaped, np.float32 if spec.kind == "regression" else np.int32)
+        meta["splits"][split] = counts
+        for name, array in arrays.items():
+            np.save(folder / f"{split}.{name}.npy", array)
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    (folder / "floors.json").write_text(json.dumps(_floors(TaskData(folder), rows), indent=1))
+
+
+def _floors(data: "TaskData", rows: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, float | None]]:
+    """split -> metric -> the score of the trivial answers on the whole split."""
+    targets = {split: data.targets(split, range(data.size(split))) for split in SPLITS}
+    return {
+        split: floor(
+            data.kind,
+            data.metric,
+            data.labels,
+            targets["train"],
+            targets[split],
+            [len(row.get("tokens", ())) for row in rows[split]],
+        ).values
+        for split in ("dev", "test")
+    }
+
+
+def _ragged(name: str, items: Sequence[np.ndarray], dtype: type) -> dict[str, np.ndarray]:
+    flat = np.concatenate(items) if items else np.zeros((0, 1))
+    return {name: flat.astype(dtype), f"{name}_offsets": _offsets(map(len, items))}
+
+
+def _offsets(lengths: Iterable[int]) -> np.ndarray:
+    return np.cumsum([0, *lengths])
+
+
+def _targets(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, longest: int) -> tuple[list[np.ndarray], int]:
+    """The first reference's token ids of each example, end mark included, and the number of tokens that were cut."""
+    whole = tokenizer(text_target=[row["target"] for row in rows], verbose=False)["input_ids"] if rows else []
+    cut = sum(max(0, len(ids) - longest) for ids in whole)
+    # What is cut keeps its end mark: a model that has never seen it would not learn to stop.
+    kept = [ids if len(ids) <= longest else [*ids[: longest - 1], ids[-1]] for ids in whole]
+    return [np.array(ids) for ids in kept], cut
+
+
+# -- tokens and windows --------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One window, each (tokens,)."""
+
+    tokens: np.ndarray
+    types: np.ndarray
+    """Segment numbers: 1 in the second text of a pair."""
+    words: np.ndarray
+    """Word numbers, -1 for what is not part of a word."""
+    keep: np.ndarray
+    """bool: tokens whose state is taken from this window."""
+
+
+class _Tokens:
+    """The rows of a split as they are tokenised."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[list[int], list[int], list[int], list[bool]]] = []
+        self.rows_per_sequence: list[int] = []
+        self.sequences_per_example: list[int] = []
+        self.windowed = 0
+        self.cut = 0
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        columns = zip(*self.rows, strict=True) if self.rows else ([], [], [], [])
+        names = (("tokens", np.int32), ("types", np.int8), ("words", np.int32), ("keep", np.bool_))
+        flat = {
+            name: np.fromiter((value for row in column for value in row), dtype=dtype)
+            for (name, dtype), column in zip(names, columns, strict=True)
+        }
+        return flat | {
+            "offsets": _offsets(len(row[0]) for row in self.rows),
+            "sequence_rows": _offsets(self.rows_per_sequence),
+            "example_sequences": _offsets(self.sequences_per_example),
+        }
+
+
+def _tokenise(
+    kind: str, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, backbone: BackboneConfig, pairs: bool
+) -> _Tokens:
+    """All rows of a split. In a task with pairs (``pairs``) an example without a second text has an empty one."""
+    tokens = _Tokens()
+    words = kind in WORD_KINDS
+    tokens.sequences_per_example = [len(row["options"]) if kind == "choice" else 1 for row in rows]
+    for chunk in _inputs(kind, rows).iter(batch_size=1000):
+        assert isinstance(chunk, dict)
+        firsts = chunk["tokens"] if words else chunk["text"]
+        seconds = chunk["text_pair"] if pairs or kind == "choice" else None
+        whole = tokenizer(firsts, seconds, is_split_into_words=words, return_token_type_ids=True, verbose=False)
+        for i, ids in enumerate(whole["input_ids"]):
+            if len(ids) <= backbone.max_length:
+                numbers = _word_numbers(whole, i) if words else [-1] * len(ids)
+                tokens.rows.append((ids, whole["token_type_ids"][i], numbers, [True] * len(ids)))
+                tokens.rows_per_sequence.append(1)
+                continue
+            windows, cut = _windows(tokenizer, firsts[i], seconds[i] if seconds else None, backbone)
+            tokens.rows += windows
+            tokens.rows_per_sequence.append(len(windows))
+            tokens.windowed += len(windows) > 1
+            tokens.cut += cut
+    return tokens
+
+
+def _word_numbers(encoded: Any, i: int) -> list[int]:
+    return [-1 if word is None else word for word in encoded.word_ids(i)]
+
+
+def _inputs(kind: str, rows: list[dict[str, Any]]) -> Dataset:
+    """The input columns as a typed table; whatever else the rows hold is none of the model's business."""
+    if kind in WORD_KINDS:
+        columns = Features({"tokens": List(Value("string"))})
+        return Dataset.from_dict({"tokens": [row["tokens"] for row in rows]}, features=columns)
+    pairs = [
+        (row["text"], second) for row in rows for second in (row["options"] if kind == "choice" else [row.get("text_pair", "")])
+    ]
+    texts = {"text": [first for first, _ in pairs], "text_pair": [second for _, second in pairs]}
+    return Dataset.from_dict(texts, features=Features({"text": Value("string"), "text_pair": Value("string")}))
+
+
+def _windows(
+    tokenizer: PreTrainedTokenizerBase, first: Any, second: str | None, backbone: BackboneConfig
+) -> tuple[list[tuple[list[int], list[int], list[int], list[bool]]], int]:
+    """The windows of one input that is longer than ``max_length``, and how many of its tokens none of them holds.
+
+    Of a pair the longer text is windowed and the shorter one stands in every window, cut where it is longer than half the
+    room. A token in the overlap of two windows is kept in the one where it stands further from the edge.
+    """
+    words = not isinstance(first, str)
+    room = backbone.max_length - tokenizer.num_special_tokens_to_add(second is not None)
+    long_first, cut = True, 0
+    if second is not None:
+        lengths = [len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in (first, second)]
+        long_first = lengths[0] >= lengths[1]
+        longest_short = room // 2
+        if min(lengths) > longest_short:
+            cut += min(lengths) - longest_short
+            first, second = (first, _shorten(tokenizer, second, longest_short)) if long_first else (
+                _shorten(tokenizer, first, longest_short), second)  # fmt: skip
+        room -= min(*lengths, longest_short)
+    overlap = min(int(room * backbone.window_overlap), room - 1)
+    encoded = tokenizer(
+        first,
+        second,
+        is_split_into_words=words,
+        truncation="only_first" if long_first else "only_second",
+        max_length=backbone.max_length,
+        stride=overlap,
+        return_overflowing_tokens=True,
+        return_token_type_ids=True,
+        verbose=False,
+    )
+    windowed_text = 0 if long_first else 1
+    inside = [[number == windowed_text for number in encoded.sequence_ids(w)] for w in range(len(encoded["input_ids"]))]
+    cut += sum(sum(window) - overlap for window in inside[backbone.max_windows :])
+    windows = []
+    for w, window in enumerate(inside[: backbone.max_windows]):
+        content = np.flatnonzero(window)
+        keep = np.ones(len(window), dtype=bool)
+        if w > 0:
+            keep[content[: overlap // 2]] = False
+        if w + 1 < min(len(inside), backbone.max_windows):
+            keep[content[len(content) - math.ceil(overlap / 2) :]] = False
+        numbers = _word_numbers(encoded, w) if words else [-1] * len(window)
+        windows.append((encoded["input_ids"][w], encoded["token_type_ids"][w], numbers, keep.tolist()))
+    return windows, cut
+
+
+def _shorten(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> str:
+    """The beginning of ``text`` that its first ``tokens`` tokens stand for."""
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    return text[: offsets[tokens - 1][1]]
+
+
+# -- opening -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """The rows of some examples."""
+
+    rows: list[Row]
+    rows_per_sequence: list[int]
+    options: np.ndarray | None
+    """(n,) int64 sequences per example (choice); None: one each."""
+
+
+class TaskData:
+    """The memory-mapped arrays of one task."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises:
+        FileNotFoundError: the task has not been prepared.
+        """
+        self._folder = folder
+        self._meta = json.loads((folder / "meta.json").read_text())
+        self._arrays = {path.name.removesuffix(".npy"): np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+        self.name: str = self._meta["name"]
+        self.kind: str = self._meta["kind"]
+        self.metric: str = self._meta["metric"]
+        self.labels: tuple[str, ...] = tuple(self._meta["labels"])
+        self.facts: dict[str, Any] = self._meta["facts"]
+        self.vocab_size: int = self._meta["vocab_size"]
+        self.pad: int = self._meta["pad"]
+
+    @property
+    def scalar(self) -> bool:
+        """Whether an example has one label rather than a list of items."""
+        return self.kind in ("classification", "regression", "choice")
+
+    @cached_property
+    def floors(self) -> dict[str, dict[str, float | None]]:
+        """split -> metric -> score without looking at the input (``measure.floors``), on the whole of dev and test."""
+        return json.loads((self._folder / "floors.json").read_text())
+
+    def size(self, split: Split) -> int:
+        """Number of examples."""
+        return self._meta["splits"][split]["examples"]
+
+    def count(self, what: str) -> int:
+        """``windowed`` sequences, ``cut_tokens`` or ``cut_target_tokens`` over all splits."""
+        return sum(self._meta["splits"][split].get(what, 0) for split in SPLITS)
+
+    def row_counts(self, split: Split) -> np.ndarray:
+        """(n,) rows per example."""
+        return np.diff(self._arrays[f"{split}.sequence_rows"][self._arrays[f"{split}.example_sequences"]])
+
+    def lengths(self, split: Split) -> np.ndarray:
+        """(n,) tokens per example: its rows times its longest row (text2text: and the target's)."""
+        longest = np.maximum.reduceat(np.diff(self._arrays[f"{split}.offsets"]), self._first_rows(split)[:-1])
+        lengths = longest * self.row_counts(split)
+        if self.kind == "text2text":
+            lengths = lengths + np.diff(self._arrays[f"{split}.labels_offsets"])
+        return lengths
+
+    def _first_rows(self, split: Split) -> np.ndarray:
+        return self._arrays[f"{split}.sequence_rows"][self._arrays[f"{split}.example_sequences"]]
+
+    def windows(self, split: Split, examples: np.ndarray | Sequence[int]) -> Windows:
+        """All rows of the given examples, in order."""
+        sequences, per_sequence = self._arrays[f"{split}.example_sequences"], self._arrays[f"{split}.sequence_rows"]
+        rows: list[Row] = []
+        counts: list[int] = []
+        for i in examples:
+            first, last = sequences[i], sequences[i + 1]
+            counts += np.diff(per_sequence[first : last + 1]).tolist()
+            rows += [self._row(split, r) for r in range(per_sequence[first], per_sequence[last])]
+        options = np.diff(sequences)[examples] if self.kind == "choice" else None
+        return Windows(rows, counts, options)
+
+    def _row(self, split: Split, row: int) -> Row:
+        start, stop = self._arrays[f"{split}.offsets"][row : row + 2]
+        return Row(*(self._arrays[f"{split}.{name}"][start:stop] for name in Row._fields))
+
+    def labels_of(self, split: Split, examples: np.ndarray | Sequence[int]) -> list[np.ndarray]:
+        """The label items of each example as ``kinds.label_items`` gives them: (items,) where an item is one number, else
+        (items, width)."""
+        labels, offsets = self._arrays[f"{split}.labels"], self._arrays[f"{split}.labels_offsets"]
+        flat = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+        return [flat[offsets[i] : offsets[i + 1]] for i in examples]
+
+    def class_of_each(self, split: Split) -> list[Any] | None:
+        """The label of each example where it is one of a closed set of classes, else None."""
+        if self.kind == "classification":
+            return [int(item[0]) for item in self.labels_of(split, np.arange(self.size(split)))]
+        if self.kind == "text2text" and self.labels:
+            return [references[0] for references in self._references[split]]
+        return None
+
+    @cached_property
+    def _references(self) -> dict[str, list[list[str]]]:
+        return {split: json.loads((self._folder / f"{split}.references.json").read_text()) for split in SPLITS}
+
+    def targets(self, split: Split, examples: np.ndarray | Sequence[int]) -> list[Any]:
+        """Gold answers in the form that scores read, all words of an example included (what the model does not see counts as
+        wrong)."""
+        if self.kind == "text2text":
+            return [self._references[split][i] for i in examples]
+        items = [item.reshape(-1, kinds.width(self.kind)).tolist() for item in self.labels_of(split, examples)]
+        return [kinds.gold(self.kind, [tuple(one) for one in item], self.facts) for item in items]
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self._folder.parent / self._meta["tokenizer"])
+
+    def decode(self, ids: Iterable[Sequence[int]]) -> Iterator[str]:
+        """Token ids of generated answers as text, special tokens left out."""
+        for one in ids:
+            text = self._tokenizer.decode(list(one), skip_special_tokens=True)
+            assert isinstance(text, str)
+            yield text.strip()
+
+
+def open_tasks(config: TrialConfig, root: Path) -> list[TaskData]:
+    """The tasks of the mixture in its order.
+
+    Raises:
+        FileNotFoundError: one of them has not been prepared (see :func:`prepare`).
+    """
+    return [TaskData(prepared_folder(config, name, root)) for name in config.mixture.tasks]
