@@ -17,6 +17,9 @@ class ConfigError(ValueError):
         self.key = key
         self.law = law
 
+    def __reduce__(self) -> Any:
+        return type(self), (self.key, self.law)  # exceptions are rebuilt from `args`, which holds the one text
+
     def under(self, prefix: str) -> "ConfigError":
         """The same error, its key path seen from one level further out."""
         return ConfigError(f"{prefix}.{self.key}" if self.key else prefix, self.law)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.config import DenseConfig, TrainConfig, TrialConfig
-from lightning_modules.data.batches import Batch
+from lightning_modules.data.batches import Batch, StepBatches, facts_of
 from lightning_modules.data.prepared import TaskData
 from lightning_modules.gang import Gang, sum_gradients, sum_over_workers
 from lightning_modules.network.model import build_network
@@ -29,16 +29,20 @@ class MultiTaskModule(lightning.LightningModule):
     gradient (experts that the step did not use) stand still.
     """
 
-    def __init__(self, config: TrialConfig, tasks: Sequence[TaskData], sizes: Sequence[int], gang: Gang | None = None) -> None:
-        """``sizes``: training examples of each task that the trial uses."""
+    def __init__(self, config: TrialConfig, tasks: Sequence[TaskData], batches: StepBatches, gang: Gang | None = None) -> None:
+        """``batches``: what the steps hold; read for the sizes of the tasks and for the tasks of a step."""
         super().__init__()
         self.automatic_optimization = False
         self.trial = config
         self.gang = gang or Gang()
         self.task_names = [task.name for task in tasks]
-        heads = [HeadSpec(task.name, task.kind, max(1, len(task.labels)), task.facts) for task in tasks]
+        facts = [facts_of(task, rows) for task, rows in zip(tasks, batches.rows, strict=True)]
+        heads = [
+            HeadSpec(task.name, task.kind, max(1, len(task.labels)), known) for task, known in zip(tasks, facts, strict=True)
+        ]
         self.network = build_network(config, heads, tasks[0].vocab_size)
-        self.weights = LossWeights(config.train.loss_weighting, sizes)
+        self.batches = batches
+        self.weights = LossWeights(config.train.loss_weighting, batches.sizes)
         self.completed = 0
         """Optimiser steps taken so far."""
         self.losses = LossMeans(len(tasks))
@@ -73,18 +77,19 @@ class MultiTaskModule(lightning.LightningModule):
                     means.add(rows.task, losses.detach())
                 loss = loss + self.weights(rows.task, (losses * rows.weights).sum(), rows.weights.sum())
             self.manual_backward(loss)
-        self._auxiliary_backward(batches)
+        self._auxiliary_backward()
         self._apply_gradients()
         if self.weights.observes:
             self.weights.observe({task: mean for task, mean in enumerate(self._step.means()) if mean is not None})
         self.completed += 1
 
-    def _auxiliary_backward(self, batches: list[Batch]) -> None:
+    def _auxiliary_backward(self) -> None:
+        """Add the gradients of the routers' own loss, over the tasks of the whole step (a worker may lack some of them)."""
         router = None if isinstance(self.trial.model, DenseConfig) else self.trial.model.router
         if router is None or router.mutual_information == 0:
             return
-        tasks = sorted({rows.task for batch in batches for rows in batch.tasks})
-        routings = self.network.route(torch.tensor(tasks, device=self.device))
+        tasks = torch.tensor(self.batches.tasks_of(self.completed), device=self.device)
+        routings = self.network.route(tasks)
         loss = torch.stack([mutual_information_loss(routing) for routing in routings.values()]).mean()
         self.manual_backward(router.mutual_information * loss / self.gang.world_size)
 
@@ -151,11 +156,12 @@ class LossMeans:
         self.sums[task] += losses.sum()
         self.counts[task] += len(losses)
 
-    def read(self, names: Sequence[str]) -> dict[str, float]:
-        """``train/loss`` (mean over examples) and ``train/loss/{task}`` over all workers; starts anew."""
+    def read(self, names: Sequence[str]) -> tuple[dict[str, float], int]:
+        """``train/loss`` (mean over examples) and ``train/loss/{task}`` over all workers, and the number of examples; starts
+        anew."""
         sums, counts = self._totals()
         means = {f"train/loss/{name}": s / n for name, s, n in zip(names, sums, counts, strict=True) if n}
-        return {"train/loss": sum(sums) / sum(counts), **means}
+        return {"train/loss": sum(sums) / sum(counts), **means}, round(sum(counts))
 
     def means(self) -> list[float | None]:
         """The mean of each task over all workers, None for a task that has not been met; starts anew."""

@@ -34,7 +34,7 @@ class LossWeights(nn.Module):
     counts: Tensor
 
     def __init__(self, rule: Literal["uniform", "size", "balance", "uncertainty"], sizes: Sequence[int]) -> None:
-        """``sizes[t]``: training examples of task t."""
+        """``sizes[t]``: training examples of task t, 0 for one that is not trained on."""
         super().__init__()
         self.rule = rule
         self.sizes = tuple(sizes)
@@ -71,7 +71,8 @@ class LossWeights(nn.Module):
         if self.rule == "balance":
             return self._balance()[task]
         if self.rule == "size":
-            return torch.tensor(self.sizes[task] * len(self.sizes) / sum(self.sizes), dtype=torch.float64)
+            trained = sum(size > 0 for size in self.sizes)
+            return torch.tensor(self.sizes[task] * trained / sum(self.sizes), dtype=torch.float64)
         return torch.ones((), dtype=torch.float64)
 
     def _balance(self) -> Tensor:

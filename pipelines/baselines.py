@@ -8,7 +8,7 @@
 * ``random_routing``: the same experts, each task sent to a fixed random one.
 * ``uniform_routing``: the same experts, every task using all of them equally.
 * ``frozen_backbone``: the backbone as it is, only the heads train (the floor B0): what the tasks get without sharing anything
-  that learns.
+  that learns. Not for mixtures with text2text tasks, which the backbone itself answers.
 
 A ``dense`` candidate has only the first and the last. A baseline that is its own candidate is left out of the plan.
 """

@@ -151,7 +151,10 @@ def _drafts(sweep: SweepConfig, points: Sequence[Point], resolver: Resolver) -> 
             config = replace(resolved, seed=seed)
             candidate = _Draft(config.trial_id, config, CANDIDATE, point.config, axes=point.axes)
             drafts.append(candidate)
-            drafts.extend(_baselines(candidate, sweep.baselines, resolver.shares(config)))
+            # A frozen backbone whose decoder answers has nothing to train.
+            floor = not resolver.decodes(config, config.mixture)
+            kinds = [kind for kind in sweep.baselines if kind != "frozen_backbone" or floor]
+            drafts.extend(_baselines(candidate, kinds, resolver.shares(config)))
     return drafts
 
 

@@ -182,7 +182,7 @@ def _categories_html(comparison: Comparison) -> str:
 
 
 def _tasks_html(comparison: Comparison) -> str:
-    head = ["task", "metric", "score, mean ± sd", "alone", "gain", "relative", "note"]
+    head = ["task", "metric", "score, mean ± sd", "alone", "floor", "gain", "relative", "note"]
     parts = []
     for i, summary in enumerate(ordered(comparison)):
         rows = (_row_html(_esc(cell.task), *_task_fields(cell)) for cell in cells_of(comparison, summary))
@@ -202,8 +202,9 @@ def _task_fields(cell: Cell) -> tuple[list[str], list[str]]:
     relative = cell.gain_rel.interval
     percent = f"{number(relative.mean, 100)} %{' (floored)' if cell.floored else ''}" if relative else "pending"
     reference = format(mean(alone) * factor, digits) if alone else ""
+    trivial = format(cell.floor * factor, digits) if cell.floor is not None else ""
     note = f'<span class="note">{_esc(brief(cell.gain.reason))}</span>' if cell.gain.reason else ""
-    return [_esc(cell.metric + lower), score, reference, _estimate_html(cell.gain, factor), percent], [note]
+    return [_esc(cell.metric + lower), score, reference, trivial, _estimate_html(cell.gain, factor), percent], [note]
 
 
 def _missing_html(comparison: Comparison) -> str:
@@ -224,6 +225,8 @@ def _reading_html(comparison: Comparison) -> str:
         f"<b>Gain</b>: the task's {_esc(comparison.split)} score in the shared model minus the score of a model that learns "
         "this task alone, with as many updates on the task and from the same seed. Above zero the other tasks help (transfer), "
         "below zero they hurt (interference). One point is 0.01 of the score.",
+        "<b>Floor</b>: what the task scores without looking at the input: the most frequent class, tag or answer of the "
+        "training data, the mean, the most frequent distance to the head, right-branching trees, no spans.",
         "<b>Interval</b>: 95 % Student interval of the paired differences over seeds. <b>Helped</b> ▲ and <b>hurt</b> ▼ mean "
         "that it lies on one side of zero; without a mark it does not, or there is one seed only.",
         f"{decided} task gains have an interval here. Were there no effect at all, about {decided / 20:.1f} of them would be "

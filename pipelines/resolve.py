@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_modules.building import ConfigError
-from lightning_modules.config import BACKBONES, SEQ2SEQ, BackboneConfig, MixtureConfig, TrialConfig
+from lightning_modules.config import BACKBONES, SEQ2SEQ, BackboneConfig, DenseConfig, MixtureConfig, TrialConfig
 from lightning_modules.data.mixtures import task_shares
 from lightning_modules.data.posing import PROMPTS, pose
 from lightning_modules.data.splits import few_shot
@@ -114,6 +114,16 @@ class Resolver:
             if name in mixture.held_out and not posed and kind != "text2text":
                 law = f"must be text2text tasks: {name} is {kind}, whose head would never train"
                 raise ConfigError("trial.mixture.held_out", law)
+        if mixture.held_out and not isinstance(config.model, DenseConfig) and config.model.router.kind == "task":
+            law = f"must be empty with a learned task router, whose routes of {mixture.held_out[0]} would never train"
+            raise ConfigError("trial.mixture.held_out", law)
+        if self.decodes(config, mixture) and config.backbone.frozen and config.model == DenseConfig():
+            law = "must be false for text2text tasks in a dense model, which would have nothing to train, got true"
+            raise ConfigError("trial.backbone.frozen", law)
+
+    def decodes(self, config: TrialConfig, mixture: MixtureConfig) -> bool:
+        """Whether some task of the mixture is answered by the backbone's decoder."""
+        return config.data.form == "text2text" or any(self.specs[name].kind == "text2text" for name in mixture.tasks)
 
     def tasks(self) -> dict[str, PlannedTask]:
         """The tasks read so far, in catalogue order."""
@@ -135,7 +145,11 @@ class Resolver:
         assert k is not None
         key = (task, k, config.data.draw)
         if key not in self._samples:
-            labels = [row["label"] for row in spec.read("train")] if spec.kind == "classification" else None
+            labels = None
+            if spec.kind == "classification":
+                labels = [row["label"] for row in spec.read("train")]
+            elif spec.kind == "text2text" and spec.labels:
+                labels = [(row.get("targets") or [row["target"]])[0] for row in spec.read("train")]
             self._samples[key] = len(few_shot(task, labels, k, config.data.draw, self._read(task).sizes["train"]))
         return self._samples[key]
 

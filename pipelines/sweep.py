@@ -186,8 +186,7 @@ class _Command:
         from lightning_modules.data.prepared import prepare
 
         root = self.storage / "prepared"
-        for trial in pending:
-            prepare(trial.config, self.plan.specs, root)
+        prepare([trial.config for trial in pending], self.plan.specs, root)
         return root
 
     def _interrupted(self, tracker: "Tracker") -> int:

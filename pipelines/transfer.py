@@ -118,6 +118,8 @@ class Cell:
     """seed -> score."""
     baseline: Mapping[int, float]
     """seed -> score of the single-task baseline."""
+    floor: float | None
+    """The score without looking at the input (majority class and the like); None where it is undefined."""
     gain: Estimate
     """g_t over seeds."""
     gain_rel: Estimate
@@ -246,6 +248,12 @@ class _Scores:
             return _Value(None, f"{whose} has no {self.split} score for {task}: {why} ({trial_id})")
         return _Value(-value if metric.partition("(")[0] in LOWER_IS_BETTER else value)
 
+    def floor(self, trial_ids: Iterable[str], task: str, metric: str) -> float | None:
+        """The trivial answer's score as the first of the trials that has finished wrote it."""
+        results = [self.results[i] for i in trial_ids if i in self.results]
+        value = results[0].floors.get(self.split, {}).get(task, {}).get(metric) if results else None
+        return -value if value is not None and metric.partition("(")[0] in LOWER_IS_BETTER else value
+
     def mean(self, trial_id: str, tasks: Sequence[str], whose: str) -> _Value:
         values = [self.get(trial_id, task, whose) for task in tasks]
         return _mean(values)
@@ -368,7 +376,8 @@ def compare(
         members = sorted(members, key=lambda trial: trial.seed)
         table = {t.seed: _gains_of(t, single.get(t.trial_id, {}), tasks, scores) for t in members}
         own = {
-            task: _cell(members[0], task, tasks, {s: row[task] for s, row in table.items()}) for task in table[members[0].seed]
+            task: _cell(members, task, tasks, {s: row[task] for s, row in table.items()}, scores)
+            for task in table[members[0].seed]
         }
         cells |= {(configuration, task): cell for task, cell in own.items()}
         summaries.append(_summarise(members, own, table, scores))
@@ -409,19 +418,23 @@ def _gains_of(trial: Planned, single: Mapping[str, str], tasks: Mapping[str, Tas
     return {name: _gain(trial, single, name, tasks[name].metric, scores) for name in names}
 
 
-def _cell(trial: Planned, task: str, tasks: Mapping[str, Task], seeds: Mapping[int, _Gain]) -> Cell:
+def _cell(
+    members: Sequence[Planned], task: str, tasks: Mapping[str, Task], seeds: Mapping[int, _Gain], scores: _Scores
+) -> Cell:
+    trial = members[0]
     floored = any(gain.floored for gain in seeds.values())
     note = f"|baseline| is below {FLOOR:.0%} of the metric's range, which divides instead" if floored else ""
-    mixture = trial.config.mixture
+    mixture, metric = trial.config.mixture, next(gain.metric for gain in seeds.values())
     role = "held out" if task in mixture.held_out else UNRELATED if task in mixture.unrelated else None
     return Cell(
         configuration=trial.configuration,
         role=trial.role,
         task=task,
         category=role or tasks[task].category,
-        metric=next(gain.metric for gain in seeds.values()),
+        metric=metric,
         scores={seed: gain.score.number for seed, gain in seeds.items() if gain.score.number is not None},
         baseline={seed: gain.baseline.number for seed, gain in seeds.items() if gain.baseline.number is not None},
+        floor=scores.floor([member.trial_id for member in members], task, metric),
         gain=_over_seeds({seed: gain.absolute for seed, gain in seeds.items()}),
         gain_rel=_over_seeds({seed: gain.relative for seed, gain in seeds.items()}, note),
         floored=floored,
@@ -478,7 +491,7 @@ def _versus(members: Sequence[Planned], tasks: Sequence[str], scores: _Scores) -
 
 
 COLUMNS: tuple[str, ...] = (
-    "configuration", "role", "row", "task", "category", "metric", "n_seeds", "score_mean", "score_sd", "baseline_mean",
+    "configuration", "role", "row", "task", "category", "metric", "n_seeds", "score_mean", "score_sd", "baseline_mean", "floor",
     "gain_mean", "gain_low", "gain_high", "gain_rel_mean", "verdict", "reason",
 )  # fmt: skip
 """Columns of ``comparison.csv``. ``row`` says what a line is about: ``task``; ``category``, ``mean`` (over all tasks),
@@ -516,6 +529,7 @@ def _cell_fields(cell: Cell) -> dict[str, Any]:
         "score_mean": sum(scores) / len(scores) if scores else None,
         "score_sd": sd(scores) if scores else None,
         "baseline_mean": sum(baseline) / len(baseline) if baseline else None,
+        "floor": cell.floor,
         "gain_rel_mean": relative.mean if relative else None,
         "reason": "; ".join(filter(None, [cell.gain.reason, "relative gain floored" if cell.floored else ""])),
     }

@@ -128,6 +128,11 @@ def _process_group(gang: Gang, gpu: bool) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def _check_finite(name: str, loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise DivergedError(f"{name} is {loss} at step {step}; a smaller train.lr or train.clip may help")
+
+
 class _Steps(Dataset[list[Batch]]):
     """The steps from ``start`` on, each as the list of its forwards."""
 
@@ -161,7 +166,7 @@ class _Trial(lightning.Callback):
         self.threads, self.gpu, self.provenance = threads, gpu, provenance
         self.tasks = open_tasks(config, prepared)
         self.batches = StepBatches(config, self.tasks, gang.rank, gang.world_size)
-        self.module = MultiTaskModule(config, self.tasks, [len(rows) for rows in self.batches.rows], gang)
+        self.module = MultiTaskModule(config, self.tasks, self.batches, gang)
         self.device = torch.device("cuda", 0) if gpu else torch.device("cpu")
         self.resume: dict[str, Any] = {"count": 0, "exact": True, "differences": []}
         self.mixing: OnlineMixing | None = None
@@ -334,23 +339,22 @@ class _Trial(lightning.Callback):
             self._checkpoint(trainer, step)
 
     def _log(self, step: int) -> None:
-        values = self.module.losses.read(self.module.task_names)
-        if not math.isfinite(values["train/loss"]):
-            raise DivergedError(
-                f"train/loss is {values['train/loss']} at step {step}; a smaller train.lr or train.clip may help"
-            )
+        values, examples = self.module.losses.read(self.module.task_names)
+        _check_finite("train/loss", values["train/loss"], step)
         if self.gang.rank != 0:
             return
         now = time.perf_counter()
-        per_step = (now - self.log_clock) / max(1, step - self.log_step)
+        seconds, steps = now - self.log_clock, max(1, step - self.log_step)
         self.log_clock, self.log_step = now, step
-        values |= {"time/step_s": per_step, "time/examples_per_s": self.config.mixture.batch_size / per_step}
+        values |= {"time/step_s": seconds / steps, "time/examples_per_s": examples / seconds}
         self._append(step, values)
         self.report({"step": step, "loss": values["train/loss"]})
 
     def _adapt(self, step: int, mixing: OnlineMixing) -> None:
         """Set the shares of the next segment from the losses of the one that ends."""
         losses = self.module.segment.means()
+        for name, loss in zip(self.module.task_names, losses, strict=True):
+            _check_finite(f"train/loss/{name}", loss or 0.0, step)
         shares = mixing.observe([losses[task] for task in self.batches.trained])
         self.batches.schedule.extend(shares)
         if self.gang.rank == 0:

@@ -159,7 +159,7 @@ def prepared(
     from lightning_modules.data.prepared import prepare
 
     root = tmp_path_factory.mktemp("prepared")
-    prepare(make_trial(), specs, root)
+    prepare([make_trial()], specs, root)
     return root
 
 

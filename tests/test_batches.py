@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
+from lightning_modules.building import ConfigError
 from lightning_modules.config import TrialConfig
 from lightning_modules.data.batches import IGNORE, Part, StepBatches, collate, eval_batches
 from lightning_modules.data.prepared import TaskData, _tokenise, _windows, open_tasks, prepare, prepared_folder
-from lightning_modules.data.tasks import TaskSpec
-from lightning_modules.data.tokenizer import load_tokenizer, prepare_tokenizer, train_tokenizer
+from lightning_modules.data.tasks import SPLITS, TaskSpec
+from lightning_modules.data.tokenizer import load_tokenizer, prepare_tokenizer, train_tokenizer, wants_spaces
 
 Make = Callable[..., TrialConfig]
 
@@ -50,8 +54,8 @@ def test_pairs_have_two_segments(specs: dict[str, TaskSpec]) -> None:
 def test_long_inputs_are_read_in_windows(make_trial: Make, specs: dict[str, TaskSpec], tmp_path: Path) -> None:
     """Every token of the whole input stands, once, in the kept part of a window, in order; its word number goes with it."""
     config, whole = make_trial(backbone={"max_length": 8, "window_overlap": 0.5}), make_trial()
-    prepare(config, specs, tmp_path)
-    prepare(whole, specs, tmp_path)
+    prepare([config], specs, tmp_path)
+    prepare([whole], specs, tmp_path)
     for short, long in zip(open_tasks(config, tmp_path), open_tasks(whole, tmp_path), strict=True):
         assert short.count("cut_tokens") == long.count("cut_tokens") == long.count("windowed") == 0 < short.count("windowed")
         assert short.row_counts("train").max() > 2
@@ -66,7 +70,7 @@ def test_long_inputs_are_read_in_windows(make_trial: Make, specs: dict[str, Task
 
 def test_stitched_sequences_hold_the_kept_tokens(make_trial: Make, specs: dict[str, TaskSpec], tmp_path: Path) -> None:
     config = make_trial(backbone={"max_length": 10}, mixture={"batching": "mixed"})
-    prepare(config, specs, tmp_path)
+    prepare([config], specs, tmp_path)
     tasks = open_tasks(config, tmp_path)
     parts = [Part(0, tasks[0], "train", np.arange(6)), Part(2, tasks[2], "train", np.array([3, 1, 8]))]
     batch = collate(parts)
@@ -84,8 +88,8 @@ def test_stitched_sequences_hold_the_kept_tokens(make_trial: Make, specs: dict[s
 
 def test_tokens_beyond_the_last_window_are_counted(make_trial: Make, specs: dict[str, TaskSpec], tmp_path: Path) -> None:
     whole, cut = make_trial(), make_trial(backbone={"max_length": 8, "max_windows": 1})
-    prepare(whole, specs, tmp_path)
-    prepare(cut, specs, tmp_path)
+    prepare([whole], specs, tmp_path)
+    prepare([cut], specs, tmp_path)
     for short, long in zip(open_tasks(cut, tmp_path), open_tasks(whole, tmp_path), strict=True):
         lost = sum(int(long.lengths(split).sum() - short.lengths(split).sum()) for split in ("train", "dev", "test"))
         assert short.count("cut_tokens") == lost > 0 and short.count("windowed") == 0
@@ -138,7 +142,7 @@ def test_columns_that_nobody_asked_for_do_no_harm(make_trial: Make, tmp_path: Pa
     ]
     spec = write_task(tmp_path, rows)
     config = make_trial(names=("t",), digests={"t": spec.digest()}, backbone={"size": {"tokenizer_tasks": ["t"]}})
-    prepare(config, {"t": spec}, tmp_path / "prepared")
+    prepare([config], {"t": spec}, tmp_path / "prepared")
     assert open_tasks(config, tmp_path / "prepared")[0].size("train") == 2
 
 
@@ -149,10 +153,10 @@ def test_names_that_read_alike_have_folders_of_their_own(make_trial: Make, tmp_p
 
 def test_data_are_prepared_once_and_by_content(make_trial: Make, specs: dict[str, TaskSpec], tmp_path: Path) -> None:
     config = make_trial()
-    prepare(config, specs, tmp_path)
+    prepare([config], specs, tmp_path)
     folder = prepared_folder(config, "toy/pos", tmp_path)
     stamp = (folder / "meta.json").stat().st_mtime_ns
-    prepare(make_trial(seed=3, train={"steps": 5}), specs, tmp_path)
+    prepare([make_trial(seed=3, train={"steps": 5})], specs, tmp_path)
     assert (folder / "meta.json").stat().st_mtime_ns == stamp
     changed = make_trial(digests={**config.digests, "toy/pos": "0" * 16})
     assert prepared_folder(changed, "toy/pos", tmp_path) != folder
@@ -214,3 +218,52 @@ def test_low_resource_keeps_a_fixed_subset(make_trial: Make, prepared: Path) -> 
     tasks = open_tasks(small, prepared)
     few, more = (set(StepBatches(c, tasks).rows[2].tolist()) for c in (small, large))
     assert len(few) == 10 and few < more
+
+
+def test_words_are_read_as_the_text_is(make_trial: Make) -> None:
+    """A byte-level tokenizer without a prefix space, as released models have it, would glue the words of a list together."""
+    texts = ["a cat sat", "the cat saw a hat"] * 20
+    tokenizer = train_tokenizer(iter(texts), 320)
+    assert not wants_spaces(tokenizer)
+    released = Tokenizer(models.BPE(unk_token="[UNK]"))
+    released.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    released.train_from_iterator(texts, trainers.BpeTrainer(special_tokens=["[UNK]"], initial_alphabet=sorted(alphabet)))
+    glued = PreTrainedTokenizerFast(tokenizer_object=released, unk_token="[UNK]", pad_token="[UNK]")
+    assert wants_spaces(glued)
+    rows = [{"tokens": ["the", "cat", "saw"]}]
+    arrays = _tokenise("tagging", rows, glued, make_trial().backbone, pairs=False).arrays()
+    assert arrays["tokens"].tolist() == glued(" the cat saw")["input_ids"] != glued(["the", "cat", "saw"],
+        is_split_into_words=True)["input_ids"]  # fmt: skip
+    assert arrays["words"].max() == 2
+
+
+def test_data_that_changed_after_the_plan_are_refused(make_trial: Make, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"text": "x", "label": "a"}, {"text": "y", "label": "b"}]
+    spec = write_task(tmp_path, rows)
+    config = make_trial(names=("t",), digests={"t": spec.digest()}, backbone={"size": {"tokenizer_tasks": ["t"]}})
+    write_task(tmp_path, rows[::-1])
+    with pytest.raises(ConfigError, match="task t: the data have changed since the trials were planned"):
+        prepare([config], {"t": spec}, tmp_path / "prepared")
+    assert not [path for path in (tmp_path / "prepared").iterdir() if not path.name.startswith("tokenizer")]
+
+
+@pytest.mark.slow
+def test_several_processes_prepare_what_one_does(
+    make_trial: Make, specs: dict[str, TaskSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a mistake found in one of them is told as it is found in one."""
+    monkeypatch.setattr("lightning_modules.data.prepared.PARALLEL_FROM", 0)
+    config = make_trial()
+    prepare([config], specs, tmp_path / "two", processes=2)
+    prepare([config], specs, tmp_path / "one", processes=1)
+    for one, two in zip(open_tasks(config, tmp_path / "one"), open_tasks(config, tmp_path / "two"), strict=True):
+        for split in SPLITS:
+            for i in range(one.size(split)):
+                a, b = (data.windows(split, [i]).rows[0].tokens.tolist() for data in (one, two))
+                assert a == b and one.targets(split, [i]) == two.targets(split, [i])
+    torn = write_task(tmp_path, [{"text": "x", "label": "a"}, {"text": "y", "label": "c"}])
+    tasks = {**specs, "t": torn}
+    bad = make_trial(names=("t", "toy/pos"))
+    with pytest.raises(ConfigError, match=r"train.jsonl:2: label must be one of a, b"):
+        prepare([bad], tasks, tmp_path / "two", processes=2)

@@ -8,6 +8,7 @@ import pytest
 
 from lightning_modules.building import build
 from lightning_modules.config import TrialConfig
+from lightning_modules.data.posing import formed
 from lightning_modules.data.prepared import open_tasks, prepare
 from lightning_modules.data.tasks import TaskSpec, load_catalogues
 from pipelines.store import TrialFolder, TrialResult
@@ -33,12 +34,13 @@ def run(tasks: dict[str, TaskSpec], tmp_path_factory: pytest.TempPathFactory) ->
             "heads": {"span_size": 16, "arc_size": 32, "label_size": 16, "dropout": 0.1, "srl_max_width": 4},
             "mixture": {"tasks": names, "batch_size": 16 * len(names), "tasks_per_step": len(names), "sampling": "uniform"},
             "train": {"steps": 150, "lr": 3e-3, "log_every": 50, "eval_batch_size": 64},
-            "digests": {name: spec.digest() for name, spec in tasks.items()},
         }
         for key, value in settings.items():
             plain[key] = {**plain[key], **value} if key in plain else value
+        form = plain.get("data", {}).get("form", "native")
+        plain["digests"] = {name: formed(tasks[name], form).digest() for name in names}
         config = build(TrialConfig, plain, "trial")
-        prepare(config, tasks, root)
+        prepare([config], tasks, root)
         result = run_trial(config, TrialFolder(folder, config.trial_id), root)
         assert result is not None
         return result
@@ -107,7 +109,7 @@ def test_targets_come_back_from_the_arrays(kind: str, tasks: dict[str, TaskSpec]
         "digests": {spec.name: spec.digest()},
     }
     config = build(TrialConfig, plain, "trial")
-    prepare(config, {spec.name: spec}, tmp_path)
+    prepare([config], {spec.name: spec}, tmp_path)
     [data] = open_tasks(config, tmp_path)
     rows = list(spec.read("test"))
     targets = data.targets("test", range(len(rows)))

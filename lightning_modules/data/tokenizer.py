@@ -52,6 +52,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder)
 
 
+def wants_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a list of words must carry its spaces to be read as the text is: byte-level tokenizers of released models
+    (RoBERTa, BART, ModernBERT) put a word's space into its first token, and read words in a list as if glued together."""
+    text = tokenizer("a cat", add_special_tokens=False)["input_ids"]
+    words, spaced = (
+        tokenizer(["a", word], is_split_into_words=True, add_special_tokens=False)["input_ids"] for word in ("cat", " cat")
+    )
+    return words != text and spaced == text
+
+
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with BERT's special tokens; [CLS] begins a text and [SEP] ends it, for encoder and decoder
     alike. Unlike WordPiece training it is deterministic (INTEGRATION 5), so the same texts give the same ids everywhere."""

@@ -6,8 +6,10 @@ head at the most frequent distance; right-branching trees of the most frequent c
 
 from collections import Counter
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
+from lightning_modules.data.tasks import METRICS
 from lightning_modules.measure.scores import Scores, score
 
 
@@ -18,7 +20,8 @@ def floor(
 
     ``words``: words of each example to be answered (read by the kinds that have words).
     """
-    answer = _ANSWERS[kind](train)
+    numbers = kind == "text2text" and metric in METRICS["regression"]
+    answer = (_mean_of_references if numbers else _ANSWERS[kind])(train)
     return score(kind, metric, labels, [answer(count) for count in words], targets)
 
 
@@ -36,6 +39,11 @@ def _first_reference(train: Sequence[list[str]]) -> Any:
     return _constant([references[0] for references in train])
 
 
+def _mean_of_references(train: Sequence[list[str]]) -> Any:
+    mean = fmean(float(references[0]) for references in train)
+    return lambda words: str(mean)
+
+
 def _tag(train: Sequence[list[int]]) -> Any:
     most = Counter(tag for tags in train for tag in tags).most_common(1)[0][0]
     return lambda words: [most] * words
@@ -43,10 +51,11 @@ def _tag(train: Sequence[list[int]]) -> Any:
 
 def _distance(train: Sequence[list[tuple[int, int]]]) -> Any:
     """Every word's head at the most frequent distance, the root where that leads out of the sentence."""
-    distances = Counter(head - i for words in train for i, (head, _) in enumerate(words, 1) if head > 0)
-    distance = distances.most_common(1)[0][0]
-    attached = Counter(rel for words in train for i, (head, rel) in enumerate(words, 1) if head - i == distance)
-    relation = attached.most_common(1)[0][0]
+    arcs = [(head - i, rel) for words in train for i, (head, rel) in enumerate(words, 1) if head > 0]
+    if not arcs:  # sentences of one word
+        return lambda words: [(0, train[0][0][1])] * words
+    distance = Counter(distance for distance, _ in arcs).most_common(1)[0][0]
+    relation = Counter(rel for d, rel in arcs if d == distance).most_common(1)[0][0]
 
     def answer(words: int) -> list[tuple[int, int]]:
         heads = (i + distance for i in range(1, words + 1))
@@ -56,7 +65,10 @@ def _distance(train: Sequence[list[tuple[int, int]]]) -> Any:
 
 
 def _right_branching(train: Sequence[list[tuple[int, int, int]]]) -> Any:
-    label = Counter(label for spans in train for _, _, label in spans).most_common(1)[0][0]
+    labels = Counter(label for spans in train for _, _, label in spans).most_common(1)
+    if not labels:
+        return _nothing(train)
+    label = labels[0][0]
     return lambda words: [(start, words, label) for start in range(max(1, words - 1))]
 
 

@@ -87,7 +87,7 @@ def main() -> None:
         specs, backbone = write_tasks(root), write_backbone(root / "backbone")
         config = make_config(specs, backbone)
         begin = time.perf_counter()
-        prepare(config, specs, root / "prepared")
+        prepare([config], specs, root / "prepared")
         prepared = time.perf_counter() - begin
         reopened = []
         for _ in range(5):
@@ -98,7 +98,7 @@ def main() -> None:
         print(f"preparing {TASKS * EXAMPLES:,} texts: {prepared:.1f} s; opening them to the first batch: "
               f"{statistics.median(reopened):.2f} s (max {max(reopened):.2f}, n=5)")  # fmt: skip
 
-        module = MultiTaskModule(config, tasks, [EXAMPLES] * TASKS)
+        module = MultiTaskModule(config, tasks, StepBatches(config, tasks))
         print(f"parameters: {sum(p.numel() for p in module.network.parameters()) / 1e6:.1f}M")
         optimizer = torch.optim.AdamW(module.network.parameters(), lr=1e-4, fused=True)
         forms = {

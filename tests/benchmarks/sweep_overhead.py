@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(place)
         plan = make_sweep(folder, count)
         for trial in plan.trials:
-            prepare(trial.config, plan.specs, folder / "prepared")
+            prepare([trial.config], plan.specs, folder / "prepared")
         processes = fresh_processes(make_sweep(folder, 2 if options.quick else 5), folder / "processes", folder / "prepared")
         first, later = ours(plan, folder / "ours", folder / "prepared")
     ratios = {
