@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerFast
 from lightning_modules.building import ConfigError
 from lightning_modules.config import TrialConfig
 from lightning_modules.data.batches import IGNORE, Part, StepBatches, collate, eval_batches
-from lightning_modules.data.prepared import TaskData, _tokenise, _windows, open_tasks, prepare, prepared_folder
+from lightning_modules.data.prepared import TaskData, open_tasks, prepare, prepared_folder
 from lightning_modules.data.tasks import SPLITS, TaskSpec
 from lightning_modules.data.tokenizer import load_tokenizer, prepare_tokenizer, train_tokenizer, wants_spaces
+from lightning_modules.data.windows import _windows, tokenise
 
 Make = Callable[..., TrialConfig]
 
@@ -129,7 +130,7 @@ def test_a_pair_counts_wherever_the_first_one_stands(
     tokenizer = load_tokenizer(prepare_tokenizer(make_trial(), specs, prepared))
     segments = []
     for order in (rows, rows[::-1]):
-        arrays = _tokenise("classification", order, tokenizer, make_trial().backbone, pairs=True).arrays()
+        arrays = tokenise("classification", order, tokenizer, make_trial().backbone, pairs=True).arrays()
         offsets = arrays["offsets"]
         segments.append([arrays["types"][offsets[i] : offsets[i + 1]].tolist() for i in range(2)])
     assert segments[0] == segments[1][::-1] and sum(map(sum, segments[0])) > 1
@@ -232,7 +233,7 @@ def test_words_are_read_as_the_text_is(make_trial: Make) -> None:
     glued = PreTrainedTokenizerFast(tokenizer_object=released, unk_token="[UNK]", pad_token="[UNK]")
     assert wants_spaces(glued)
     rows = [{"tokens": ["the", "cat", "saw"]}]
-    arrays = _tokenise("tagging", rows, glued, make_trial().backbone, pairs=False).arrays()
+    arrays = tokenise("tagging", rows, glued, make_trial().backbone, pairs=False).arrays()
     assert arrays["tokens"].tolist() == glued(" the cat saw")["input_ids"] != glued(["the", "cat", "saw"],
         is_split_into_words=True)["input_ids"]  # fmt: skip
     assert arrays["words"].max() == 2
