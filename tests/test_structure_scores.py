@@ -13,8 +13,8 @@ from seqeval.metrics import f1_score as seqeval_f1
 from seqeval.metrics.sequence_labeling import get_entities
 from udtools import udeval
 
+from lightning_modules.data.forms import bio_spans
 from lightning_modules.measure.scores import score
-from lightning_modules.measure.structure_scores import spans
 
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 TYPES = ("PER", "LOC")
@@ -32,7 +32,7 @@ def test_spans_in_tags_and_their_f1_equal_seqeval(seed: int) -> None:
     guess = [[tag if rng.random() < 0.7 else int(rng.integers(0, 5)) for tag in tags] for tags in gold]
     text = [[[TAGS[t] for t in tags] for tags in side] for side in (gold, guess)]
     for tags in text[0]:
-        assert spans(tags) == [tuple(span) for span in get_entities(tags)]
+        assert bio_spans(tags) == [(first, last + 1, label) for label, first, last in get_entities(tags)]
     values = score("tagging", "span_f1", TAGS, guess, gold).values
     assert values["span_f1"] == pytest.approx(seqeval_f1(text[0], text[1]))
     assert values["accuracy"] == pytest.approx(np.mean(np.concatenate(gold) == np.concatenate(guess)))

@@ -6,6 +6,7 @@ All F1 are over the whole corpus (micro), and 0 when there is nothing to find an
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from lightning_modules.data.forms import bio_spans
 from lightning_modules.measure.label_scores import UndefinedScoreError
 
 Items = Sequence[Sequence[tuple[int, ...]]]
@@ -28,24 +29,11 @@ def tag_span_f1(labels: Sequence[str], predictions: Sequence[Sequence[int]], tar
     plain = [label for label in labels if label != "O" and label[:2] not in ("B-", "I-")]
     if plain or all(label == "O" for label in labels):
         raise UndefinedScoreError(f"labels mark no spans (B-..., I-..., O), got {', '.join((plain or list(labels))[:3])}")
-    found = {(i, *span) for i, tags in enumerate(predictions) for span in spans([labels[t] if t >= 0 else "O" for t in tags])}
-    wanted = {(i, *span) for i, tags in enumerate(targets) for span in spans([labels[t] for t in tags])}
+    found = {
+        (i, *span) for i, tags in enumerate(predictions) for span in bio_spans([labels[t] if t >= 0 else "O" for t in tags])
+    }
+    wanted = {(i, *span) for i, tags in enumerate(targets) for span in bio_spans([labels[t] for t in tags])}
     return _f1(len(found & wanted), len(found), len(wanted))
-
-
-def spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """(type, first word, last word) of each span in BIO tags. As conlleval and seqeval's default mode have it, an I- that
-    follows O or another type begins a span."""
-    found: list[tuple[str, int, int]] = []
-    previous, start = "O", 0
-    for i, tag in enumerate([*tags, "O"]):
-        inside = tag.startswith("I-") and previous[1:] == tag[1:]
-        if previous != "O" and not inside:
-            found.append((previous[2:], start, i - 1))
-        if tag != "O" and not inside:
-            start = i
-        previous = tag
-    return found
 
 
 def span_f1(predictions: Items, targets: Items) -> float:

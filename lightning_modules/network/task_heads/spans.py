@@ -6,7 +6,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.measure.structure_scores import spans as tagged_spans
+from lightning_modules.data.forms import bio_spans
 from lightning_modules.network.task_heads.base import HeadSpec, States, TaskHead, linear
 from lightning_modules.network.task_heads.biaffine import Biaffine
 from lightning_modules.network.task_heads.tagging import Scores, mean_cross_entropy
@@ -108,7 +108,7 @@ class BioSpans(nn.Module):
 
     def spans(self, tags: list[int]) -> list[Span]:
         """The spans that tag numbers mark."""
-        return [(first, last + 1, int(label)) for label, first, last in tagged_spans([self.names[tag] for tag in tags])]
+        return [(start, end, int(label)) for start, end, label in bio_spans([self.names[tag] for tag in tags])]
 
 
 def without_overlaps(spans: Iterable[Span]) -> list[Span]:
