@@ -79,7 +79,7 @@ class BackboneConfig:
     """Share of a window that the next one reads again, so that every token has context on both sides; each token's state is
     taken from the window in which it stands further from the edge."""
     max_windows: int = 8
-    """Windows of one input at most. Tokens beyond are cut, counted in the result and told in the log."""
+    """Windows of one input at most. Tokens beyond are cut, which the command and the report tell."""
     max_target_length: int = 64
     """Tokens of a ``text2text`` target that training and generation reach; longer targets are cut and counted."""
     pooling: Literal["first", "mean"] = "first"

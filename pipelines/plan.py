@@ -142,6 +142,9 @@ def make_plan(sweep: SweepConfig, storage: Path, *, fresh: bool = False, machine
 
 def _drafts(sweep: SweepConfig, points: Sequence[Point], resolver: Resolver) -> list[_Draft]:
     drafts: list[_Draft] = []
+    if len({point.config.mixture.unrelated for point in points}) > 1:
+        law = "must be the same at every point of the axes: it says how tasks are compared and changes no training"
+        raise ConfigError("trial.mixture.unrelated", law)
     for point in points:
         try:
             resolved = resolver.resolve(point.config)
@@ -355,13 +358,15 @@ def _configuration_lines(plan: Plan) -> list[str]:
 
 
 def _task_lines(plan: Plan) -> list[str]:
-    rows: list[tuple[str, ...]] = [("task", "kind", "metric", "train", "dev", "test", "used", "share")]
+    rows: list[tuple[str, ...]] = [("task", "kind", "metric", "train", "dev", "test", "train used", "share of groups")]
     for name, task in plan.tasks.items():
         candidates = [t for t in plan.trials if t.role == CANDIDATE and name in t.shares]
         shares = sorted({round(100 * t.shares[name], 1) for t in candidates})
         used = sorted({t.sizes[name] for t in candidates})
         sizes = [str(task.sizes[split]) for split in ("train", "dev", "test")]
-        rows.append((name, task.kind, task.metric, *sizes, _span(used, ""), _span(shares, "%")))
+        starts = any(t.config.mixture.sampling == "adaptive" for t in candidates)
+        share = _span(shares, "%") + (" at the start" if starts else "")
+        rows.append((name, task.kind, task.metric, *sizes, _span(used, ""), share))
     return _table(rows)
 
 

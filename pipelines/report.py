@@ -40,6 +40,8 @@ class SweepFacts:
     """Dotted key -> value that all trials share."""
     command: str = ""
     """How to run or continue the sweep."""
+    notes: tuple[str, ...] = ()
+    """What is doubtful about the data: duplicates, what was cut and the like."""
 
 
 def write_report(folder: Path, comparison: Comparison, facts: SweepFacts) -> Path:
@@ -94,6 +96,7 @@ def page_html(comparison: Comparison, facts: SweepFacts, images: Mapping[str, tu
         "Configurations": _configurations_html(comparison),
         "Every task": _tasks_html(comparison),
         "Not finished or failed": _missing_html(comparison),
+        **({"The data": f"<ul>{''.join(f'<li>{_esc(note)}</li>' for note in facts.notes)}</ul>"} if facts.notes else {}),
         "How to read this": _reading_html(comparison),
         "Settings": _settings_html(facts),
     }

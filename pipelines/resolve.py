@@ -173,6 +173,15 @@ class Resolver:
                 found.append(
                     f"{name}: {long} examples have more words than backbone.max_length={longest}; they are read in windows"
                 )
+        mixture, sizes = config.mixture, self.sizes(config)
+        allowed = (mixture.max_epochs or 0) * sum(sizes.values())
+        drawn = config.train.steps * mixture.batch_size
+        if mixture.sampling == "unimax" and drawn > allowed:
+            passes = drawn / sum(sizes.values())
+            found.append(
+                f"mixture.max_epochs={mixture.max_epochs:g} allows {allowed:.0f} examples in all and the trial draws {drawn}: "
+                f"every task is repeated {passes:.1f} times"
+            )
         return found
 
     def _read(self, name: str) -> PlannedTask:

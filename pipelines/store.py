@@ -42,7 +42,7 @@ class TrialResult:
     resume: Mapping[str, Any] = field(default_factory=lambda: {"count": 0, "exact": True})
     """``count``: how often the trial went on from a checkpoint. ``exact``: whether each resume met the state it had left."""
     floors: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
-    """split -> task -> metric -> score of the trivial answer (majority class and the like) on the whole split."""
+    """split -> task -> metric -> score of the trivial answer (majority class and the like) on the same examples."""
     params: Mapping[str, int] = field(default_factory=dict)
     """``total``, ``trainable`` and ``active`` (what one example of one task touches) parameter counts."""
     data: Mapping[str, Any] = field(default_factory=dict)

@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -183,10 +183,12 @@ class _Command:
             run_trials([trial.trial_id for trial in pending], launch)
 
     def _prepare(self, pending: Sequence[PlannedTrial]) -> Path:
-        from lightning_modules.data.prepared import prepare
+        from lightning_modules.data.prepared import cut_lines, prepare
 
         root = self.storage / "prepared"
         prepare([trial.config for trial in pending], self.plan.specs, root)
+        for line in dict.fromkeys(line for trial in pending for line in cut_lines(trial.config, root)):
+            self._say(f"warning: {line}")
         return root
 
     def _interrupted(self, tracker: "Tracker") -> int:
@@ -214,6 +216,7 @@ class _Command:
             question=self.sweep.question,
             settings=flatten(dict(self.sweep.trial)),
             command=self._command_line(),
+            notes=self._notes(results.values()),
         )
         page = report.write_report(self.folder, comparison, facts)
         wording.print_comparison(self.console, comparison)
@@ -229,6 +232,20 @@ class _Command:
         if self.options.track_again:
             return 0 if tracked else 1
         return 1 if missing and not self.options.report else 0
+
+    def _notes(self, results: Iterable[TrialResult]) -> tuple[str, ...]:
+        """What the reader of the report should know of the data."""
+        cut = {
+            f"{task}: {facts[what]} {words}"
+            for result in results
+            for task, facts in result.data.items()
+            for what, words in (
+                ("cut_tokens", "tokens lie beyond backbone.max_windows and were not read; their words count as wrong"),
+                ("cut_target_tokens", "tokens of targets lie beyond backbone.max_target_length"),
+            )
+            if facts.get(what)
+        }
+        return (*self.plan.warnings, *sorted(cut))
 
     def _failures(self, results: Mapping[str, TrialResult]) -> dict[str, str]:
         reasons = {}

@@ -27,6 +27,7 @@ from lightning_modules.config import TrialConfig
 from lightning_modules.data.batches import Batch, StepBatches, chosen_rows
 from lightning_modules.data.mixtures import OnlineMixing
 from lightning_modules.data.prepared import TaskData, open_tasks
+from lightning_modules.data.tasks import Split
 from lightning_modules.gang import Gang, GangEnvironment, GangStrategy, gather
 from lightning_modules.measure.evaluation import evaluate
 from lightning_modules.measure.routing import measure_routing
@@ -39,6 +40,9 @@ Report = Callable[[Mapping[str, Any]], None]
 
 GANG_TIMEOUT = timedelta(minutes=30)
 """How long workers of a gang wait for each other, rank 0's wait for a trial that another process trains included."""
+
+EVALUATED: tuple[Split, ...] = ("dev", "test")
+"""Splits that a finished trial is scored on."""
 
 PACKAGES = ("torch", "lightning", "transformers", "numpy")
 
@@ -220,9 +224,7 @@ class _Trial(lightning.Callback):
 
     def _finish(self) -> TrialResult | None:
         module, config = self.module.to(self.device), self.config
-        splits = {
-            split: evaluate(module.network, config, self.tasks, split, self.gang, self.device) for split in ("dev", "test")
-        }
+        splits = {split: evaluate(module.network, config, self.tasks, split, self.gang, self.device) for split in EVALUATED}
         if self.gang.rank != 0:
             return None
         result = TrialResult(
@@ -231,7 +233,7 @@ class _Trial(lightning.Callback):
             scores={split: evaluation.scores for split, evaluation in splits.items()},
             undefined={f"{split}/{name}": why for split, e in splits.items() for name, why in e.undefined.items()},
             primary={task.name: task.metric for task in self.tasks},
-            floors={split: {task.name: task.floors[split] for task in self.tasks} for split in ("dev", "test")},
+            floors={split: {t.name: t.floor(split, chosen_rows(config, t, split)) for t in self.tasks} for split in EVALUATED},
             steps=config.train.steps,
             seconds=self._seconds(),
             started_ms=self.started_ms,
@@ -252,7 +254,7 @@ class _Trial(lightning.Callback):
 
     def _data_facts(self, number: int, task: TaskData) -> dict[str, int]:
         used = {"train": len(self.batches.rows[number]) if number in self.batches.trained else 0}
-        for split in ("dev", "test"):
+        for split in EVALUATED:
             used[split] = len(chosen_rows(self.config, task, split))
         return used | {what: task.count(what) for what in ("windowed", "cut_tokens", "cut_target_tokens")}
 

@@ -53,11 +53,13 @@ def sentence(summary: Summary, comparison: Comparison) -> str:
     """What came out for one configuration, in words."""
     cells = cells_of(comparison, summary)
     factor, unit = unit_of(comparison)
-    counts = f"{len(summary.helped)} of {len(cells)} tasks helped, {len(summary.hurt)} hurt"
+    out = (*summary.config.mixture.held_out, *summary.config.mixture.unrelated)
+    counted = [cell for cell in cells if cell.task not in out]
+    counts = f"{len(summary.helped)} of {len(counted)} tasks helped, {len(summary.hurt)} hurt"
     if summary.pending:
         counts += f", {len(summary.pending)} pending"
-    if len(summary.pending) == len(cells):
-        return f"all {len(cells)} tasks pending ({brief(summary.mean_gain.reason)})"
+    if len(summary.pending) == len(counted):
+        return f"all {len(counted)} tasks pending ({brief(summary.mean_gain.reason)})"
     interval = summary.mean_gain.interval
     if interval is None:
         return f"{counts}; mean gain pending ({brief(summary.mean_gain.reason)})"

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from lightning_modules.building import ConfigError
 from lightning_modules.config import TrialConfig
 from lightning_modules.data.batches import IGNORE, Part, StepBatches, collate, eval_batches
-from lightning_modules.data.prepared import TaskData, open_tasks, prepare, prepared_folder
+from lightning_modules.data.prepared import TaskData, cut_lines, open_tasks, prepare, prepared_folder
 from lightning_modules.data.tasks import SPLITS, TaskSpec
 from lightning_modules.data.tokenizer import load_tokenizer, prepare_tokenizer, train_tokenizer, wants_spaces
 from lightning_modules.data.windows import _windows, tokenise
@@ -94,6 +94,11 @@ def test_tokens_beyond_the_last_window_are_counted(make_trial: Make, specs: dict
     for short, long in zip(open_tasks(cut, tmp_path), open_tasks(whole, tmp_path), strict=True):
         lost = sum(int(long.lengths(split).sum() - short.lengths(split).sum()) for split in ("train", "dev", "test"))
         assert short.count("cut_tokens") == lost > 0 and short.count("windowed") == 0
+    assert cut_lines(whole, tmp_path) == []
+    lines = cut_lines(cut, tmp_path)
+    assert (
+        len(lines) == 3 and lines[0].startswith("toy/sentiment: ") and "beyond backbone.max_windows=1 and are cut" in lines[0]
+    )
     pos, rows = open_tasks(cut, tmp_path)[2], list(specs["toy/pos"].read("train"))
     # Trained on what is seen, scored on everything.
     assert [len(tags) for tags in pos.targets("train", np.arange(len(rows)))] == [len(row["tags"]) for row in rows]

@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lightning_modules.building import build
@@ -139,7 +140,8 @@ def test_prepared_data_holds_the_floors_of_its_own_rows(catalogue: Path, every_k
     }
     config = build(TrialConfig, plain, "trial")
     prepare([config], specs, tmp_path)
-    floors = {task.name: task.floors["test"] for task in open_tasks(config, tmp_path)}
+    tasks = open_tasks(config, tmp_path)
+    floors = {task.name: task.floor("test", np.arange(task.size("test"))) for task in tasks}
     train, test = ({name: list(specs[name].read(split)) for name in names} for split in ("train", "test"))
 
     def share(name: str, field: str) -> float:
@@ -156,4 +158,7 @@ def test_prepared_data_holds_the_floors_of_its_own_rows(catalogue: Path, every_k
     tag = Counter(tag for row in train["toy/pos"] for tag in row["tags"]).most_common(1)[0][0]
     tags = [tag == other for row in test["toy/pos"] for other in row["tags"]]
     assert floors["toy/pos"]["accuracy"] == pytest.approx(sum(tags) / len(tags))
+    few = tasks[0].floor("test", np.array([0, 1, 2]))["accuracy"]
+    most = Counter(row["label"] for row in train["toy/sentiment"]).most_common(1)[0][0]
+    assert few == pytest.approx(sum(row["label"] == most for row in test["toy/sentiment"][:3]) / 3)
     assert floors["kind/dependency"]["uas"] == 1.0  # every word's head is the next one, and the last word is the root

@@ -437,3 +437,28 @@ def test_the_plan_knows_how_many_examples_a_trial_will_use(names: tuple[str, ...
     assert {task: facts["train"] for task, facts in result.data.items()} == dict(candidate.sizes)
     if data["few_shot"] == 12:
         assert candidate.sizes == {"a": 22, "b": 5, "r": 24, "tags": 24}
+
+
+def test_what_unimax_cannot_keep_is_told(project: Path) -> None:
+    settings = trial({"tasks": ["a", "b"], "sampling": "unimax", "max_epochs": 1.0}) | {"train": {"steps": 100}}
+    [warning] = [line for line in plan_of(project, trial=settings).warnings if "max_epochs" in line]
+    assert warning.startswith("mixture.max_epochs=1 allows ") and "the trial draws 800: every task is repeated " in warning
+    few = settings | {"train": {"steps": 2}}
+    assert not [line for line in plan_of(project, trial=few).warnings if "max_epochs" in line]
+
+
+def test_roles_are_no_axis(project: Path) -> None:
+    """They change no training, so the points would be one trial."""
+    axes = {"mixture.unrelated": [[], ["b"]]}
+    assert mistake(project, trial=trial({"tasks": ["a", "b"]}), axes=axes).startswith(
+        "trial.mixture.unrelated: must be the same at every point of the axes"
+    )
+
+
+def test_a_learned_router_has_no_route_for_a_held_out_task(project: Path) -> None:
+    settings = trial({"tasks": ["a", "q"], "held_out": ["q"]}, backbone=T5)
+    assert plan_of(project, trial=settings, baselines=[]).trials
+    routed = settings | {"model": {"family": "task_moe"}}
+    assert "must be empty with a learned task router" in mistake(project, trial=routed, baselines=[])
+    fixed = settings | {"model": {"family": "task_moe", "router": {"kind": "uniform"}}}
+    assert plan_of(project, trial=fixed, baselines=[]).trials

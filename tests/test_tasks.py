@@ -145,7 +145,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("tasks: [{name: x, kind: tagging, labels: ab, files: {}}]", "must have labels as a list, got 'ab'"),
         ("tasks: [{name: x, kind: tagging, planted: 3}]", "must have planted as a mapping, got 3"),
         ("tasks: [{name: x, kind: tagging, metrik: accuracy, files: {}}]", "unknown key 'metrik'; did you mean metric"),
-        ("task: []\ntasks: []\ndefault: {}", "unknown key 'default'; did you mean defaults"),
+        ("task: []\ntasks: []\ndefault: {}", "unknown key 'task'; did you mean tasks"),
         ("defaults: 3\ntasks: []", "defaults must be a mapping, got 3"),
         ("root: 3\ntasks: []", "root must be text, got 3"),
         ("tasks: [{name: x, kind: tagging, files: {}, planted: {}}]", "got files and planted"),
@@ -332,3 +332,63 @@ def test_every_shared_task_is_read_whole(shared_catalogue: Path) -> None:
     rows = {split: list(found["ewt_srl"].read(split)) for split in tasks.SPLITS}
     frames = {split: sum(len(row["frames"]) for row in of_split) for split, of_split in rows.items()}
     assert frames == manifest["ewt_srl"]["counts"]  # a row per predicate has become a frame each
+
+
+def test_where_keeps_the_rows_that_it_names(tmp_path: Path) -> None:
+    """Compared as text, so that it reads in CSV as it reads in JSON; nothing left is a mistake."""
+    rows = ["text,label,stars,spam", "a,x,1,false", "b,y,1,false", "c,x,2,false", "d,y,3,true"]
+    for split in ("train", "dev", "test"):
+        (tmp_path / f"{split}.csv").write_text("\n".join(rows))
+    files = "{train: train.csv, dev: dev.csv, test: test.csv}"
+
+    def texts(where: str) -> list[str]:
+        entry = f"{{name: t, kind: classification, files: {files}, where: {where}}}"
+        (tmp_path / "c.yaml").write_text(f"tasks: [{entry}]")
+        return [row["text"] for row in load_catalogues(["c.yaml"], tmp_path)["t"].read("train")]
+
+    assert texts("{stars: 1}") == ["a", "b"] and texts("{stars: [1, 3]}") == ["a", "b", "d"]
+    assert texts("{stars: [1, 3], spam: false}") == ["a", "b"]
+    with pytest.raises(ConfigError, match=r"task t: train: where must leave some rows, \{'stars': 9\} leaves none of 4"):
+        texts("{stars: 9}")
+    with pytest.raises(ConfigError, match="where names 'year', which is not there; the row has text, label, stars, spam"):
+        texts("{year: 9}")
+
+
+def test_a_regular_expression_takes_a_column_apart(tmp_path: Path) -> None:
+    row = {"input": "What is it? options: (A) a cat (B) a dog", "target": "a dog"}
+    other = {"input": "And this? options: (A) red (B) blue (C) green", "target": "red"}
+    for split in ("train", "dev", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(other)}\n")
+    (tmp_path / "c.yaml").write_text(r"""
+tasks:
+- name: t
+  kind: choice
+  files: {train: train.jsonl, dev: dev.jsonl, test: test.jsonl}
+  columns:
+    text: {column: input, regex: '^(.*?) options: \(A\) '}
+    options: {column: input, regex: '\([A-H]\) (.*?)(?= \([A-H]\) |$)'}
+    keys: {column: input, regex: '\([A-H]\) (.*?)(?= \([A-H]\) |$)'}
+    label: target
+""")
+    spec = load_catalogues(["c.yaml"], tmp_path)["t"]
+    assert list(spec.read("train")) == [
+        {"text": "What is it?", "options": ["a cat", "a dog"], "label": 1},
+        {"text": "And this?", "options": ["red", "blue", "green"], "label": 0},
+    ]
+    text = (tmp_path / "c.yaml").read_text()
+    for broken, law in (("'('", "regular expression under columns.text.regex"), ("'(x)(y)'", "at most one group")):
+        (tmp_path / "c.yaml").write_text(text.replace(r"'^(.*?) options: \(A\) '", broken))
+        with pytest.raises(ConfigError, match=law):
+            load_catalogues(["c.yaml"], tmp_path)
+
+
+def test_keys_that_mean_nothing_are_told(tmp_path: Path) -> None:
+    for split in ("train", "dev", "test"):
+        (tmp_path / f"{split}.jsonl").write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n')
+    files = "{train: train.jsonl, dev: dev.jsonl, test: test.jsonl}"
+    (tmp_path / "c.yaml").write_text(f"tasks: [{{name: t, kind: classification, files: {files}, filter: 3, licence: MIT}}]")
+    warnings = check(load_catalogues(["c.yaml"], tmp_path)["t"]).warnings
+    assert "keys of its entry that mean nothing: filter" in warnings
+    (tmp_path / "c.yaml").write_text(f"tasks: [{{name: t, kind: classification, files: {files}, file: {files}}}]")
+    with pytest.raises(ConfigError, match="unknown key 'file'; did you mean files"):
+        load_catalogues(["c.yaml"], tmp_path)

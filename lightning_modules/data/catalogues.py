@@ -18,7 +18,13 @@ ENTRY_KEYS = (
     "name", "kind", "type", "category", "metric", "labels", "files", "hub", "planted", "format", "columns", "splits", "prompt",
     "answers", "low_resource", "where",
 )  # fmt: skip
-"""What is read of a catalogue's entry; others are notes (licence, source...) unless they look like a slip of these."""
+"""What is read of a catalogue's entry."""
+
+NOTES = (
+    "licence", "license", "source", "redistribution", "notes", "note", "description", "homepage", "citation", "url", "counts",
+    "split_policy", "tag_vocabulary", "test_tag_coverage", "constituents", "label_range",
+)  # fmt: skip
+"""Keys of an entry that say something to people. Any other key is not read either, but the plan warns of it."""
 
 _TYPES = {"parsing": "dependency"}
 _FORMS: dict[str, type] = {
@@ -88,7 +94,7 @@ def _merged(defaults: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, 
 
 def _check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
     for key in given:
-        near = difflib.get_close_matches(str(key), [k for k in known if k not in given], 1, 0.8)
+        near = difflib.get_close_matches(str(key), known, 1, 0.8)
         if key not in known and near:
             raise ConfigError("catalogues", f"{where} has an unknown key {key!r}; did you mean {near[0]}?")
 

@@ -38,7 +38,7 @@ NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
     "dependency": (("tokens",), ("heads",), ("deprels",)),
     "constituency": (("tokens",), ("spans",)),
     "srl": (("tokens",), ("frames", "predicate_index")),
-    "text2text": (("text", "input"), ("target",)),
+    "text2text": (("text", "input"), ("target", "targets")),
 }
 """kind -> what a row must have, each with its alternatives."""
 
@@ -99,8 +99,11 @@ def _formed(spec: "TaskSpec", row: dict[str, Any], place: str) -> dict[str, Any]
             row["spans"] = [list(span) for span in bio_spans(_bio(spec, row["tags"], place))]
         case "constituency" if is_spans(row.get("spans")):
             row["spans"] = sorted(row["spans"], key=lambda span: (span[0], -span[1]))
-        case "text2text" if "input" in row:
-            row.setdefault("text", row["input"])
+        case "text2text":
+            if "input" in row:
+                row.setdefault("text", row["input"])
+            if "target" not in row and row.get("targets"):
+                row["target"] = row["targets"][0]
     if spec.kind != "tagging":  # kind tagging refuses the fields of its neighbours
         for name in ("tags", "predicate_index", "input", "keys"):
             row.pop(name, None)

@@ -29,7 +29,7 @@ from lightning_modules.data.windows import Row, offsets_of, tokenise
 from lightning_modules.files import atomic_folder
 from lightning_modules.measure.floors import floor
 
-VERSION = 3
+VERSION = 4
 """Raise when the arrays' form or content changes."""
 
 PARALLEL_FROM = 4_000_000
@@ -121,27 +121,14 @@ def _write_task(spec: TaskSpec, tokenizer_folder: Path, backbone: BackboneConfig
             items = [np.array(kinds.label_items(spec, row, facts)) for row in rows[split]]
             shaped = [item.reshape(-1, kinds.width(spec.kind)) for item in items]
             arrays |= _ragged("labels", shaped, np.float32 if spec.kind == "regression" else np.int32)
+        arrays["word_counts"] = np.array([len(row.get("tokens", ())) for row in rows[split]], dtype=np.int32)
         meta["splits"][split] = counts
         for name, array in arrays.items():
             np.save(folder / f"{split}.{name}.npy", array)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-    (folder / "floors.json").write_text(json.dumps(_floors(TaskData(folder), rows), indent=1))
-
-
-def _floors(data: "TaskData", rows: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, float | None]]:
-    """split -> metric -> the score of the trivial answers on the whole split."""
-    targets = {split: data.targets(split, range(data.size(split))) for split in SPLITS}
-    return {
-        split: floor(
-            data.kind,
-            data.metric,
-            data.labels,
-            targets["train"],
-            targets[split],
-            [len(row.get("tokens", ())) for row in rows[split]],
-        ).values
-        for split in ("dev", "test")
-    }
+    data = TaskData(folder)
+    floors = {split: data.compute_floor(split, np.arange(data.size(split))) for split in ("dev", "test")}
+    (folder / "floors.json").write_text(json.dumps(floors, indent=1))
 
 
 def _ragged(name: str, items: Sequence[np.ndarray], dtype: type) -> dict[str, np.ndarray]:
@@ -194,10 +181,20 @@ class TaskData:
         """Whether an example has one label rather than a list of items."""
         return self.kind in ("classification", "regression", "choice")
 
+    def floor(self, split: Split, examples: np.ndarray) -> dict[str, float | None]:
+        """Metric -> score of the given examples without looking at the input, from all of train (``measure.floors``)."""
+        if len(examples) == self.size(split):
+            return json.loads((self._folder / "floors.json").read_text())[split]
+        return self.compute_floor(split, examples)
+
+    def compute_floor(self, split: Split, examples: np.ndarray) -> dict[str, float | None]:
+        """As :meth:`floor`, computed anew."""
+        words = self._arrays[f"{split}.word_counts"][examples].tolist()
+        return floor(self.kind, self.metric, self.labels, self._train_targets, self.targets(split, examples), words).values
+
     @cached_property
-    def floors(self) -> dict[str, dict[str, float | None]]:
-        """split -> metric -> score without looking at the input (``measure.floors``), on the whole of dev and test."""
-        return json.loads((self._folder / "floors.json").read_text())
+    def _train_targets(self) -> list[Any]:
+        return self.targets("train", range(self.size("train")))
 
     def size(self, split: Split) -> int:
         """Number of examples."""
@@ -276,6 +273,21 @@ class TaskData:
             text = self._tokenizer.decode(list(one), skip_special_tokens=True)
             assert isinstance(text, str)
             yield text.strip()
+
+
+def cut_lines(config: TrialConfig, root: Path) -> list[str]:
+    """A sentence for each task of a prepared trial of which the model will not read everything."""
+    backbone = config.backbone
+    limits = {
+        "cut_tokens": ("inputs", f"max_windows={backbone.max_windows}"),
+        "cut_target_tokens": ("targets", f"max_target_length={backbone.max_target_length}"),
+    }
+    return [
+        f"{task.name}: {task.count(what)} tokens of {of} lie beyond backbone.{limit} and are cut"
+        for task in open_tasks(config, root)
+        for what, (of, limit) in limits.items()
+        if task.count(what)
+    ]
 
 
 def open_tasks(config: TrialConfig, root: Path) -> list[TaskData]:

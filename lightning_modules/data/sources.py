@@ -95,14 +95,26 @@ def pick(row: Mapping[str, Any], columns: Mapping[str, Any], fields: Sequence[st
     return picked
 
 
-def matches(row: Mapping[str, Any], where: Mapping[str, Any], place: str) -> bool:
-    """Whether each column of ``where`` (a name or a dotted path) has its value, or one of its values.
+def filtered(rows: Rows, where: Mapping[str, Any], key: str) -> Rows:
+    """The rows in which each column of ``where`` (a name or a dotted path) has its value, or one of its values. Values are
+    compared as text (``true`` and ``false`` as YAML writes them): the cells of a CSV file are nothing else.
 
     Raises:
-        ConfigError: a column is not there.
+        ConfigError: a column is not there, or no row is left.
     """
-    values = ((_follow(row, column, place, "where"), wanted) for column, wanted in where.items())
-    return all(value in wanted if isinstance(wanted, list) else value == wanted for value, wanted in values)
+    wanted = {column: {_as_text(v) for v in (value if isinstance(value, list) else [value])} for column, value in where.items()}
+    read, kept = 0, 0
+    for row, place in rows:
+        read += 1
+        if all(_as_text(_follow(row, column, place, "where")) in values for column, values in wanted.items()):
+            kept += 1
+            yield row, place
+    if read and not kept:
+        raise ConfigError(key, f"where must leave some rows, {dict(where)!r} leaves none of {read}")
+
+
+def _as_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _value(row: Mapping[str, Any], column: Any, place: str, field: str) -> Any:

@@ -101,6 +101,8 @@ class TaskSpec:
     """Answers in text2text form: label -> text where it is not the label, or (regression) ``decimals``."""
     native: "TaskSpec | None" = None
     """The task that this one poses as text2text, see :func:`lightning_modules.data.posing.pose`."""
+    ignored: tuple[str, ...] = ()
+    """Keys of its entry that nothing reads."""
     catalogue: str = ""
     """The catalogue file it was read from, for messages."""
 
@@ -122,7 +124,7 @@ class TaskSpec:
             for part in self.parts(split):
                 rows = sources.source_rows(self, part.source)
                 if self.where:
-                    rows = ((row, place) for row, place in rows if sources.matches(row, self.where, place))
+                    rows = sources.filtered(rows, self.where, f"{self.catalogue}: task {self.name}: {part.source}")
                 yield from (row for row, _ in forms.examples(spec, rows) if part.holds(row))
 
     def parts(self, split: Split) -> tuple[splits.Part, ...]:
@@ -224,6 +226,7 @@ def _read_entry(entry: catalogues.Entry, shown: str) -> TaskSpec:
         low_resource=values.get("low_resource"),
         prompt=values.get("prompt") or "",
         answers=values.get("answers") or {},
+        ignored=tuple(key for key in map(str, values) if key not in (*catalogues.ENTRY_KEYS, *catalogues.NOTES)),
         catalogue=shown,
     )
     try:
@@ -334,7 +337,8 @@ def check(spec: TaskSpec) -> Checked:
             _check_numeric(spec, row, key)
         if not sizes[split]:
             raise ConfigError(key, f"{split} has no examples ({', '.join(part.source for part in spec.parts(split))})")
-    return Checked(spec, sizes, (*_class_warnings(spec, classes, key), *census.warnings()), words)
+    ignored = [f"keys of its entry that mean nothing: {', '.join(spec.ignored)}"] if spec.ignored else []
+    return Checked(spec, sizes, (*ignored, *_class_warnings(spec, classes, key), *census.warnings()), words)
 
 
 def _words(row: Mapping[str, Any]) -> int:

@@ -8,7 +8,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lightning_modules.config import TrialConfig
+from lightning_modules.building import ConfigError
+from lightning_modules.config import BackboneConfig, TrialConfig
 from lightning_modules.data.posing import formed
 from lightning_modules.data.tasks import TaskSpec
 from lightning_modules.files import atomic_folder
@@ -42,9 +43,23 @@ def prepare_tokenizer(config: TrialConfig, specs: Mapping[str, TaskSpec], root: 
                 texts = (text for name in sorted(tasks) for text in _texts(formed(specs[name], config.data.form)))
                 tokenizer = train_tokenizer(texts, config.backbone.size.vocab_size)
             else:
-                tokenizer = AutoTokenizer.from_pretrained(config.backbone.name, revision=config.backbone.revision)
+                tokenizer = _released(config.backbone)
             tokenizer.save_pretrained(temporary)
     return folder
+
+
+def _released(backbone: BackboneConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or a Hub model.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(backbone.name, revision=backbone.revision)
+    except (OSError, ValueError) as error:
+        where = "the network is needed for the first use of a Hub model" if backbone.revision else "is it a complete folder?"
+        law = f"cannot read the tokenizer of {backbone.name!r} ({' '.join(str(error).split())[:200]}); {where}"
+        raise ConfigError("trial.backbone.name", law) from error
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
