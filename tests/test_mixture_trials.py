@@ -17,6 +17,7 @@ from lightning_modules.building import build
 from lightning_modules.checkpoints import load_newest
 from lightning_modules.config import TrialConfig
 from lightning_modules.data.batches import Batch, Part, StepBatches, chosen_rows, collate
+from lightning_modules.data.posing import pose
 from lightning_modules.data.prepared import open_tasks, prepare
 from lightning_modules.data.tasks import TaskSpec, load_catalogues
 from lightning_modules.multitask import MultiTaskModule
@@ -384,7 +385,7 @@ def make_text(
             "data": {"form": "text2text", "max_train": 50, "max_eval": 4},
             "generation": {"beams": 1},
             "train": {"steps": 10, "lr": 3e-3, "log_every": 1, "checkpoint_every": 5, **train},
-            "digests": {name: tasks[name].digest() for name in TEXT},
+            "digests": {name: pose(tasks[name]).digest() for name in TEXT},
         }  # fmt: skip
         config = build(TrialConfig, plain, "trial")
         prepare([config], tasks, root)
