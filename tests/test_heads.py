@@ -13,13 +13,11 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_modules.config import HeadsConfig
-from lightning_modules.network.task_heads.base import HeadSpec, States, TaskHead
-from lightning_modules.network.task_heads.choice import ChoiceHead
-from lightning_modules.network.task_heads.classification import ClassificationHead
-from lightning_modules.network.task_heads.regression import RegressionHead
-from lightning_modules.network.task_heads.spans import BioSpans, SpansHead, without_overlaps
+from lightning_modules.network.model import HEADS
+from lightning_modules.network.task_heads.base import HeadSpec, States
+from lightning_modules.network.task_heads.spans import BioSpans, without_overlaps
 from lightning_modules.network.task_heads.srl import SRLHead, SRLOutputs
-from lightning_modules.network.task_heads.tagging import Scores, TaggingHead
+from lightning_modules.network.task_heads.tagging import Scores
 
 WIDTH = 24
 SMALL = HeadsConfig(dropout=0.0, span_size=32, label_size=16, srl_max_width=4)
@@ -31,14 +29,6 @@ SPECS = {
     "biaffine": HeadSpec("x", "spans", 3, heads=replace(SMALL, spans="biaffine"), dropout=0.0),
     "bio": HeadSpec("x", "spans", 3, heads=replace(SMALL, spans="bio"), dropout=0.0),
     "srl": HeadSpec("x", "srl", 3, heads=SMALL, dropout=0.0),
-}
-HEADS: dict[str, type[TaskHead]] = {
-    "classification": ClassificationHead,
-    "regression": RegressionHead,
-    "choice": ChoiceHead,
-    "tagging": TaggingHead,
-    "spans": SpansHead,
-    "srl": SRLHead,
 }
 OF_WORDS = ("tagging", "biaffine", "bio", "srl")
 COUNTS = (9, 5, 7, 1, 8)
