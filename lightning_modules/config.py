@@ -8,19 +8,27 @@ Values are checked where they are stored (``__post_init__``); :func:`lightning_m
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Literal
 
 from lightning_modules.building import require
+from lightning_modules.router_config import RouterConfig
 
 NUMERICS_VERSION = 2
 """Part of every trial's identity. Raise it when a change to the code alters a trial's numbers
 (the golden losses in ``tests/golden`` fail when it should have been raised)."""
 
-NOT_IN_IDENTITY = ("train.log_every", "train.checkpoint_every", "mixture.unrelated")
-"""Key paths that cannot change a trial's scores, so they are left out of its id."""
+NOT_IN_IDENTITY = ("train.log_every", "train.checkpoint_every", "mixture.unrelated", "start.changes")
+"""Key paths that cannot change a trial's scores, so they are left out of its id. (What ``start.changes`` says is in the
+id of the earlier trial, ``start.trial``.)"""
+
+Part = Literal["router", "experts", "backbone", "heads"]
+"""Parts of a network that can be frozen, or taken from an earlier trial. ``router``: everything that decides on routes, task
+vectors and tables included; ``experts``: routed and shared experts, adapters; ``heads``: of all tasks; ``backbone``: what
+remains."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,53 +119,10 @@ class BackboneConfig:
         """Whether it is built from ``size`` rather than read from a folder or the Hub."""
         return self.name in BUILT_IN
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RouterConfig:
-    """How experts are chosen and weighted. Every kind returns the same routing record."""
-
-    kind: Literal["task", "random", "uniform"] = "task"
-    """``task``: one learned logit vector per task and layer, softmax over experts.
-    ``random``: a fixed random expert per task and layer, drawn from the seed (a buffer, never trained): top-1.
-    ``uniform``: weight 1/E for every expert, always (average routing): soft."""
-    selection: Literal["top_k", "soft"] = "top_k"
-    """``top_k``: only the k most probable experts run. ``soft``: all experts, weighted by their probability."""
-    top_k: int = 1
-    """Experts per task under ``top_k``. k = 1 uses the straight-through weight 1 + p - sg(p); k >= 2 renormalises
-    (specs/task_aware_gating.md 2.3: both leave a pretrained function intact and give the router a gradient)."""
-    combine: Literal["outputs", "parameters"] = "outputs"
-    """Mix the experts' outputs, or their parameters (then one expert runs, whatever E is; SMEAR)."""
-    temperature: float = 1.0
-    """Divides the logits before the softmax."""
-    init_std: float = 0.02
-    """Standard deviation of the router's initial logits."""
-    lr_scale: float = 10.0
-    """Learning rate of the router relative to ``train.lr`` (Poly's ratio is 10)."""
-    mutual_information: float = 0.0
-    """Weight of -I(task; expert) over the step's tasks (Mod-Squad): balanced over tasks, sharp for each."""
-
-    def __post_init__(self) -> None:
-        require(self.top_k >= 1, "top_k", f"must be at least 1, got {self.top_k}")
-        require(self.temperature > 0, "temperature", f"must be positive, got {self.temperature}")
-        require(self.init_std >= 0, "init_std", f"must not be negative, got {self.init_std}")
-        require(self.lr_scale >= 0, "lr_scale", f"must not be negative, got {self.lr_scale}")
-        require(self.mutual_information >= 0, "mutual_information", f"must not be negative, got {self.mutual_information}")
-        if self.kind == "task" and self.selection == "top_k":
-            require(
-                self.init_std > 0,
-                "init_std",
-                "must be positive for a learned top_k router: equal logits send every task to the same expert",
-            )
-        if self.kind != "task":
-            self._check_fixed()
-
-    def _check_fixed(self) -> None:
-        """A fixed router has nothing to learn, and its kind says how many experts it weighs."""
-        for name, default in (("mutual_information", 0.0), ("temperature", 1.0), ("init_std", 0.02), ("lr_scale", 10.0)):
-            value = getattr(self, name)
-            require(value == default, name, f"applies to kind: task only, got kind={self.kind!r}, {name}={value}")
-        object.__setattr__(self, "selection", "soft" if self.kind == "uniform" else "top_k")
-        object.__setattr__(self, "top_k", 1)
+    @property
+    def stacks(self) -> tuple[int, ...]:
+        """Blocks of the encoder, or of encoder and decoder, of a built-in backbone; () for any other, which brings its own."""
+        return (self.size.num_layers,) * (0 if not self.built_in else 1 if self.name == "tiny-encoder" else 2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,22 +144,57 @@ class DenseConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskMoEConfig:
-    """Feed-forward experts in place of the FFN sub-layer, chosen per task (specs/task_moe.md, task_aware_gating.md)."""
+    """Experts in place of the FFN sub-layer or of the whole block (specs/task_moe.md, specs/task_aware_gating.md)."""
 
     family: Literal["task_moe"] = "task_moe"
-    num_experts: int = 4
-    """Experts E per routed block; each has the backbone's FFN size."""
-    layers: tuple[int, ...] = ()
-    """Routed blocks, 0-based; empty: all."""
+    num_experts: int | tuple[int, ...] = 4
+    """Experts E per routed block, or a list with one number for each routed block."""
+    layers: tuple[int, ...] | str = ()
+    """Routed blocks, 0-based; empty: all. ``every_other``: blocks 1, 3, 5, ... of each stack; ``last:N``: the last N of each
+    stack."""
+    expert: Literal["ffn", "ffn_split", "layer"] = "ffn"
+    """``ffn``: the block's feed-forward sub-layer, full size. ``ffn_split``: a K-th of its inner width, K the experts chosen
+    per unit (``router.top_k``), so that any K costs what the dense block costs. ``layer``: the whole block (Ye et al. 2022)."""
+    shared_experts: int = 0
+    """Experts of the same size that every row passes as well, beside the routed ones. Their sum starts as the block's own
+    function: each of the n + 1 parts starts with 1/(n + 1) of the output (split experts: where they cover all parts)."""
+    init: Literal["upcycle", "fresh"] = "upcycle"
+    """Experts start as noisy copies of the block's own (sparse upcycling), or from fresh weights."""
     expert_noise: float = 0.01
-    """Experts start as copies of the block's FFN plus Gaussian noise of this size relative to each weight tensor's
-    standard deviation (sparse upcycling; 0 leaves identical copies that only routing can tell apart)."""
+    """Gaussian noise of copies relative to each weight tensor's standard deviation (0 leaves identical copies that only routing
+    can tell apart)."""
+    dispatch: Literal["auto", "loop", "grouped"] = "auto"
+    """How tokens reach their experts: one matrix product per expert (``loop``, any dtype), or one grouped product for all
+    (``grouped``). ``auto``: the faster that the widths and the dtype allow. Same numbers up to rounding."""
     router: RouterConfig = field(default_factory=RouterConfig)
 
     def __post_init__(self) -> None:
-        _check_experts(self.num_experts, self.router)
+        counts = (self.num_experts,) if isinstance(self.num_experts, int) else self.num_experts
+        require(bool(counts), "num_experts", "must name at least one number, got []")
+        for count in counts:
+            _check_experts(count, self.router)
         _check_layers(self.layers)
+        listed = len(self.layers) if isinstance(self.layers, tuple) else 0
+        if isinstance(self.num_experts, tuple) and listed:
+            law = f"must have one number for each of layers={list(self.layers)}, got {list(self.num_experts)}"
+            require(len(self.num_experts) == listed, "num_experts", law)
         require(self.expert_noise >= 0, "expert_noise", f"must not be negative, got {self.expert_noise}")
+        if self.init == "fresh":
+            require(self.expert_noise == 0.01, "expert_noise", f"applies to init: upcycle only, got {self.expert_noise}")
+        require(self.shared_experts >= 0, "shared_experts", f"must not be negative, got {self.shared_experts}")
+        law = f"must be 0 with expert: layer, whose blocks bring their own residual, got {self.shared_experts}"
+        require(self.expert != "layer" or self.shared_experts == 0, "shared_experts", law)
+        law = f"must not route tokens with expert: layer, whose attention needs whole rows, got kind={self.router.kind!r}"
+        require(self.expert != "layer" or self.router.kind not in ("token", "hash_token"), "router.kind", law)
+        law = f"must choose by top_k with expert: ffn_split, got kind={self.router.kind!r}, selection={self.router.selection!r}"
+        split = self.expert == "ffn_split"
+        merged = f"must be outputs with expert: ffn_split, whose experts hold different units, got {self.router.combine!r}"
+        require(not split or self.router.combine == "outputs", "router.combine", merged)
+        halves = "must not be random_example with expert: layer, which has no two projections to draw apart"
+        require(self.expert != "layer" or self.router.kind != "random_example", "router.kind", halves)
+        products = "must be auto or loop with expert: layer, which has no grouped product, got grouped"
+        require(self.expert != "layer" or self.dispatch != "grouped", "dispatch", products)
+        require(not split or (self.router.selection == "top_k" and self.router.learned), "router.selection", law)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,7 +226,36 @@ BACKBONES = (*ENCODERS, *SEQ2SEQ)
 FAMILIES: dict[str, type] = {"dense": DenseConfig, "task_moe": TaskMoEConfig, "adapter_moe": AdapterMoEConfig}
 
 
-def _check_layers(layers: tuple[int, ...]) -> None:
+def chosen_blocks(layers: tuple[int, ...] | str, stacks: Sequence[int]) -> tuple[int, ...]:
+    """Block numbers, ascending, that ``layers`` stands for in a backbone whose stacks have that many blocks.
+
+    Raises:
+        ConfigError: a number is beyond the last block, or ``last:N`` asks for more than a stack has.
+    """
+    total = sum(stacks)
+    if not isinstance(layers, str):
+        law = f"must be below the backbone's {total} blocks, got {list(layers)}"
+        require(max(layers, default=0) < total, "model.layers", law)
+        return tuple(sorted(layers)) or tuple(range(total))
+    chosen: list[int] = []
+    start = 0
+    for blocks in stacks:
+        if layers == "every_other":
+            chosen += range(start + 1, start + blocks, 2)
+        else:
+            last = int(layers.removeprefix("last:"))
+            require(last <= blocks, "model.layers", f"must be at most the {blocks} blocks of a stack, got {layers!r}")
+            chosen += range(start + blocks - last, start + blocks)
+        start += blocks
+    require(bool(chosen), "model.layers", f"must leave at least one block, got {layers!r} of {list(stacks)} blocks")
+    return tuple(chosen)
+
+
+def _check_layers(layers: tuple[int, ...] | str) -> None:
+    if isinstance(layers, str):
+        law = f"must be a list of block numbers, every_other, or last:N with N >= 1, got {layers!r}"
+        require(re.fullmatch(r"every_other|last:[1-9]\d*", layers) is not None, "layers", law)
+        return
     require(all(i >= 0 for i in layers), "layers", f"must be block numbers from 0, got {list(layers)}")
     require(len(set(layers)) == len(layers), "layers", f"must name each block once, got {list(layers)}")
 
@@ -448,8 +477,12 @@ class TrainConfig:
     """Examples per forward when scoring."""
     compile: bool = False
     """``torch.compile`` the backbone; worth it for long trials only (it needs a C++ compiler on a CPU)."""
+    freeze: tuple[Part, ...] = ()
+    """Parts that do not train: ``router``, ``experts``, ``backbone``, ``heads``. (``backbone.frozen`` leaves what a family puts
+    into the backbone trainable as well, such as a widened feed-forward sub-layer; ``freeze: [backbone]`` does not.)"""
 
     def __post_init__(self) -> None:
+        require(len(set(self.freeze)) == len(self.freeze), "freeze", f"must name each part once, got {list(self.freeze)}")
         for name in ("steps", "log_every", "checkpoint_every", "eval_batch_size"):
             require(getattr(self, name) >= 1, name, f"must be at least 1, got {getattr(self, name)}")
         require(self.eval_every is None or self.eval_every >= 1, "eval_every", f"must be at least 1, got {self.eval_every}")
@@ -459,6 +492,29 @@ class TrainConfig:
         require(0 <= self.warmup < 1, "warmup", f"must be in [0, 1), got {self.warmup}")
         require(self.weight_decay >= 0, "weight_decay", f"must not be negative, got {self.weight_decay}")
         require(self.clip is None or self.clip > 0, "clip", f"must be positive, got {self.clip}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartConfig:
+    """Start from the final weights of an earlier trial: the later stage of a training in stages (specs/task_moe.md 1.6).
+
+    The earlier trial is this one without its ``start``, with ``changes``, and of the same seed. The plan adds it, and it trains
+    once however many trials start from it, in whatever sweep.
+    """
+
+    load: tuple[Part, ...] = ()
+    """Parts taken from the earlier trial; everything else starts anew. Tasks are matched by name: what belongs to a task that
+    the earlier trial did not have starts anew too. Empty: the trial starts from no other."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Key path -> value: what the earlier trial has other than this one (``model.router.selection: gumbel_st``). A ``start`` of
+    its own makes three stages."""
+    trial: str = ""
+    """Id of the earlier trial. The plan fills it in; it is not set by hand."""
+
+    def __post_init__(self) -> None:
+        require(len(set(self.load)) == len(self.load), "load", f"must name each part once, got {list(self.load)}")
+        law = f"must name the parts to take from the earlier trial, got [] with changes={dict(self.changes)}"
+        require(bool(self.load) or not (self.changes or self.trial), "load", law)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -472,6 +528,8 @@ class TrialConfig:
     heads: HeadsConfig = field(default_factory=HeadsConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    start: StartConfig = field(default_factory=StartConfig)
+    """An earlier trial to start from; default: none."""
     seed: int = 0
     """Drives initialisation, data order, dropout and random routes."""
     digests: Mapping[str, str] = field(default_factory=dict)
@@ -480,13 +538,33 @@ class TrialConfig:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", f"must not be negative, got {self.seed}")
-        layers = getattr(self.model, "layers", ())
         law = "cannot compile a backbone that computes its activations again (backbone.gradient_checkpointing), got true"
         require(not (self.train.compile and self.backbone.gradient_checkpointing), "train.compile", law)
-        if self.backbone.built_in and layers:
-            blocks = self.backbone.size.num_layers * (1 if self.backbone.name == "tiny-encoder" else 2)
-            law = f"must be below the backbone's {blocks} blocks, got layers={list(layers)}"
-            require(max(layers) < blocks, "model.layers", law)
+        if self.backbone.built_in:
+            chosen_blocks(self.model.layers, self.backbone.stacks)
+        self._check_parts()
+        # The second computation would come after the merged parameters have been taken out of the block again.
+        model = self.model
+        merged = isinstance(model, TaskMoEConfig) and model.expert == "layer" and model.router.combine == "parameters"
+        law = "cannot compute whole layers of merged parameters again (model.router.combine: parameters), got true"
+        require(not (merged and self.backbone.gradient_checkpointing), "backbone.gradient_checkpointing", law)
+
+    def _check_parts(self) -> None:
+        """Only a routed network has experts and a router, and only a learned router has something to freeze."""
+        for key, parts in (("train.freeze", self.train.freeze), ("start.load", self.start.load)):
+            if isinstance(self.model, DenseConfig):
+                law = f"must not name what a dense network lacks (router, experts), got {list(parts)}"
+                require(not {"router", "experts"} & set(parts), key, law)
+        if isinstance(self.model, DenseConfig) or "router" not in self.train.freeze:
+            return
+        router = self.model.router
+        law = f"must not name the router, which has nothing to learn with kind: {router.kind}, got {list(self.train.freeze)}"
+        require(router.learned, "train.freeze", law)
+        own = {"mutual_information": 0.0, "z_loss": 0.0, "entropy": 0.0, "supervision": 0.0, "balance": "none"}
+        moved = [name for name, default in own.items() if getattr(router, name) != default]
+        moved += ["selection: sampled"] if router.selection == "sampled" else []
+        law = f"must not name a router that losses of its own would train ({', '.join(moved)}), got {list(self.train.freeze)}"
+        require(not moved, "train.freeze", law)
 
     @property
     def trial_id(self) -> str:

@@ -9,7 +9,7 @@ WIDENING_NOISE = 0.01
 """Relative noise that tells the copies of a hidden unit apart: the default of ``TaskMoEConfig.expert_noise``."""
 
 
-def install(backbone: Backbone, config: DenseConfig, num_tasks: int, seed: int) -> None:
+def install(backbone: Backbone, config: DenseConfig, seed: int) -> None:
     """Widen the FFN sub-layers of ``config.layers`` to ``config.ffn_multiple`` of their size; 1: leave it as it is."""
     if config.ffn_multiple == 1:
         return

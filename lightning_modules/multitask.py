@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning
@@ -14,8 +14,10 @@ from lightning_modules.data.batches import Batch, StepBatches, facts_of
 from lightning_modules.data.prepared import TaskData
 from lightning_modules.gang import Gang, sum_gradients, sum_over_workers
 from lightning_modules.network.model import build_network
-from lightning_modules.network.routers import mutual_information_loss
+from lightning_modules.network.routers.balance import diversity
+from lightning_modules.network.routers.record import Record
 from lightning_modules.network.task_heads.base import HeadSpec
+from lightning_modules.router_config import RouterConfig
 from lightning_modules.seeds import derive
 from lightning_modules.weighting import LossWeights
 
@@ -29,8 +31,16 @@ class MultiTaskModule(lightning.LightningModule):
     gradient (experts that the step did not use) stand still.
     """
 
-    def __init__(self, config: TrialConfig, tasks: Sequence[TaskData], batches: StepBatches, gang: Gang | None = None) -> None:
-        """``batches``: what the steps hold; read for the sizes of the tasks and for the tasks of a step."""
+    def __init__(
+        self,
+        config: TrialConfig,
+        tasks: Sequence[TaskData],
+        batches: StepBatches,
+        gang: Gang | None = None,
+        vectors: Tensor | None = None,
+    ) -> None:
+        """``batches``: what the steps hold; read for the sizes of the tasks and for the tasks of a step. ``vectors``: computed
+        task vectors, where the router reads some."""
         super().__init__()
         self.automatic_optimization = False
         self.trial = config
@@ -40,11 +50,12 @@ class MultiTaskModule(lightning.LightningModule):
         heads = [
             HeadSpec(task.name, task.kind, max(1, len(task.labels)), known) for task, known in zip(tasks, facts, strict=True)
         ]
-        self.network = build_network(config, heads, tasks[0].vocab_size)
+        self.network = build_network(config, heads, tasks[0].vocab_size, vectors)
         self.batches = batches
         self.weights = LossWeights(config.train.loss_weighting, batches.sizes)
         self.completed = 0
         """Optimiser steps taken so far."""
+        self._starts = self._expert_starts()
         self.losses = LossMeans(len(tasks))
         self.segment = LossMeans(len(tasks))
         """Losses since the shares of adaptive sampling last changed."""
@@ -63,41 +74,115 @@ class MultiTaskModule(lightning.LightningModule):
         return [optimizer], [scheduler]
 
     def on_fit_start(self) -> None:
-        """Put the loss means where the losses are computed."""
+        """Put the loss means and the experts' starts where the losses are computed."""
         for means in self._means:
             means.to(self.device)
+        self._starts = {
+            block: [[start.to(self.device) for start in expert] for expert in experts]
+            for block, experts in self._starts.items()
+        }
 
     def training_step(self, batches: list[Batch], batch_idx: int) -> None:
         """One optimiser step."""
         torch.manual_seed(derive(self.trial.seed, "step", self.completed, self.gang.rank))
+        routers = self.network.routers
+        totals = None
+        if routers is not None:
+            routers.begin(self.completed)
+            totals = torch.tensor(self.batches.totals(self.completed), dtype=torch.float32, device=self.device)
+        routed: list[Record] = []
         for batch in batches:
-            loss = torch.zeros((), device=self.device)
-            for rows, losses in zip(batch.tasks, self.network.losses(batch), strict=True):
-                for means in self._means:
-                    means.add(rows.task, losses.detach())
-                loss = loss + self.weights(rows.task, (losses * rows.weights).sum(), rows.weights.sum())
+            records: list[Record] = []
+            loss = self._loss(batch, records)
+            if routers is not None and totals is not None:
+                added = routers.loss(records, totals)
+                loss = loss if added is None else loss + added
+                if routers.observes or self._starts:
+                    routed += [replace(record, routing=record.routing.detached()) for record in records]
             self.manual_backward(loss)
-        self._auxiliary_backward()
+        self._step_backward(routed)
         self._apply_gradients()
+        if routers is not None:
+            routers.finish(routed, sum_over_workers)
+            routers.begin(self.completed + 1)
         if self.weights.observes:
             self.weights.observe({task: mean for task, mean in enumerate(self._step.means()) if mean is not None})
         self.completed += 1
 
-    def _auxiliary_backward(self) -> None:
-        """Add the gradients of the routers' own loss, over the tasks of the whole step (a worker may lack some of them)."""
-        router = None if isinstance(self.trial.model, DenseConfig) else self.trial.model.router
-        if router is None or router.mutual_information == 0:
+    def _loss(self, batch: Batch, records: list[Record]) -> Tensor:
+        """What a forward adds to the step's loss, the routers' own losses of its ``records`` aside."""
+        compares = self._router is not None and self._router.consistency > 0
+        if compares:
+            each, divergences = self.network.compared_losses(batch, records)
+        else:
+            each, divergences = self.network.losses(batch, records), None
+        loss = torch.zeros((), device=self.device)
+        for i, (rows, losses) in enumerate(zip(batch.tasks, each, strict=True)):
+            for means in self._means:
+                means.add(rows.task, losses.detach())
+            if divergences is not None and self._router is not None:
+                losses = losses + self._router.consistency * divergences[i]
+            loss = loss + self.weights(rows.task, (losses * rows.weights).sum(), rows.weights.sum())
+        if self._router is not None and self._router.selection == "sampled":
+            assert self.network.routers is not None
+            for record in records:
+                loss = loss + self.network.routers.policy_loss(record, _losses_of_units(batch, each, record))
+        return loss
+
+    @property
+    def _router(self) -> RouterConfig | None:
+        return None if isinstance(self.trial.model, DenseConfig) else self.trial.model.router
+
+    def _step_backward(self, routed: Sequence[Record]) -> None:
+        """Add the gradients of the losses that belong to the step as a whole (a worker may lack some of its tasks)."""
+        routers = self.network.routers
+        if routers is None or self._router is None:
             return
-        tasks = torch.tensor(self.batches.tasks_of(self.completed), device=self.device)
-        routings = self.network.route(tasks)
-        loss = torch.stack([mutual_information_loss(routing) for routing in routings.values()]).mean()
-        self.manual_backward(router.mutual_information * loss / self.gang.world_size)
+        losses = []
+        if (own := routers.step_loss(self.batches.tasks_of(self.completed))) is not None:
+            losses.append(own)
+        if self._router.diversity > 0 and (apart := self._diversity(routed)) is not None:
+            losses.append(self._router.diversity * apart)
+        if losses:
+            self.manual_backward(torch.stack(losses).sum() / self.gang.world_size)
+
+    def _expert_starts(self) -> dict[int, list[list[Tensor]]]:
+        """Block -> a copy of each expert's parameters as they start, where ``diversity`` needs them."""
+        if self._router is None or self._router.diversity == 0:
+            return {}
+        routed = self.network.routed().items()
+        return {block: [[p.detach().clone() for p in e.parameters()] for e in module.experts] for block, module in routed}
+
+    def _diversity(self, routed: Sequence[Record]) -> Tensor | None:
+        """The diversity loss, mean over the blocks, of the experts that the step uses (the others stand still, and with them
+        the blocks that it does not use, as a decoder's); None: it uses none."""
+        losses, blocks = [], self.network.routed()
+        for block, module in blocks.items():
+            pairs = [(module.experts[e].parameters(), self._starts[block][e]) for e in self._experts_used(block, routed)]
+            if pairs:
+                losses.append(diversity([[p - start for p, start in zip(*pair, strict=True)] for pair in pairs]))
+        return torch.stack(losses).sum() / len(blocks) if losses else None
+
+    def _experts_used(self, block: int, routed: Sequence[Record]) -> list[int]:
+        """Experts of the block that some unit of the step chose, on any worker."""
+        count = len(self.network.routed()[block].experts)
+        used = torch.zeros(count + 1, device=self.device)
+        for record in routed:
+            if record.block == block:
+                used[record.routing.chosen.flatten()] = 1.0
+        return sum_over_workers(used)[:count].nonzero().flatten().tolist()
+
+    @property
+    def _even(self) -> bool:
+        """Whether every worker has gradients for the same parameters: a slice of every group, on the same routes."""
+        mixture, router = self.trial.mixture, self._router
+        alike = router is None or (router.per_task and router.draw == "task")
+        return alike and mixture.batch_tokens is None and mixture.group_size >= self.gang.world_size
 
     def _apply_gradients(self) -> None:
         trainable = [p for p in (*self.network.parameters(), *self.weights.parameters()) if p.requires_grad]
         if self.gang.world_size > 1:
-            mixture = self.trial.mixture
-            sum_gradients(trainable, even=mixture.batch_tokens is None and mixture.group_size >= self.gang.world_size)
+            sum_gradients(trainable, even=self._even)
         parameters = [p for p in trainable if p.grad is not None]
         if self.trial.train.clip is not None:
             nn.utils.clip_grad_norm_(parameters, self.trial.train.clip)
@@ -125,7 +210,7 @@ def parameter_groups(network: nn.Module, config: TrialConfig) -> list[dict[str, 
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            part = "router" if "router" in name else "heads" if name.startswith("heads.") else "backbone"
+            part = "router" if name.startswith("routers.") else "heads" if name.startswith("heads.") else "backbone"
             groups.setdefault((part, parameter.ndim > 1 and part != "router"), []).append(parameter)
     return [
         {
@@ -135,6 +220,14 @@ def parameter_groups(network: nn.Module, config: TrialConfig) -> list[dict[str, 
         }
         for (part, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
+
+
+def _losses_of_units(batch: Batch, losses: Sequence[Tensor], record: Record) -> Tensor:
+    """(U,) the loss of the example that each unit of ``record`` belongs to."""
+    if record.part is not None:
+        return losses[record.part][record.units.example]
+    of_rows = [each if rows.owner is None else each[rows.owner] for rows, each in zip(batch.tasks, losses, strict=True)]
+    return torch.cat(of_rows)[record.units.example]
 
 
 @dataclass

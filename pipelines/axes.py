@@ -4,7 +4,8 @@ Three forms under ``axes:``, combined with each other in file order, the last va
 
 * ``train.lr: [1e-3, 3e-4]``: a key of the trial and its values. A value that is a mapping is merged into what the trial has at
   that key (``model: [{family: dense}, {family: task_moe}]``). Naming another ``family`` replaces the whole ``model`` instead:
-  settings of one family say nothing about another. ``mixture.low_resource``, a table and no setting, is replaced too.
+  settings of one family say nothing about another. ``mixture.low_resource`` and ``start.changes``, tables and no settings, are
+  replaced too.
 * ``model.num_experts: {when: {model.family: task_moe}, values: [2, 4]}``: varies only at the points where each key of ``when``
   has the given value (or one of a list); elsewhere the key is left alone. ``when`` sees the trial's values, what earlier axes
   have set, and defaults.
@@ -27,8 +28,11 @@ from lightning_modules.config import FAMILIES, TrialConfig, flatten, to_plain
 MAX_POINTS = 10_000
 """More grid points than this is taken for a slip."""
 
-_TABLE = "mixture.low_resource"
-_NOT_BY_HAND = ("seed", "digests")
+MAX_STAGES = 8
+"""More trials than this, each starting from the one before, are taken for a slip."""
+
+_TABLES = ("mixture.low_resource", "start.changes")
+_NOT_BY_HAND = ("seed", "digests", "start.trial")
 _MISSING = object()
 
 
@@ -57,6 +61,8 @@ class Point:
     """Axis name -> value, of the axes that apply here."""
     config: TrialConfig
     """Checked; tasks still as patterns, no digests, seed 0."""
+    earlier: tuple[TrialConfig, ...] = ()
+    """The trial that it starts from, the one that this starts from, and so on; as ``config``."""
 
 
 @cache
@@ -76,8 +82,22 @@ def _keys_of(cls: Any, prefix: str) -> Iterator[str]:
 
 
 def is_trial_key(key: str) -> bool:
-    """Whether ``key`` can be set under ``trial:``; ``mixture.low_resource.TASK`` can for every task."""
-    return key in trial_keys() or (key.startswith(f"{_TABLE}.") and len(key) > len(_TABLE) + 1)
+    """Whether ``key`` can be set under ``trial:``; ``mixture.low_resource.TASK`` can for every task, and ``start.changes.KEY``
+    for every other key."""
+    table, name = _in_table(key)
+    return key in trial_keys() or (bool(name) and (table == "mixture.low_resource" or is_trial_key(name)))
+
+
+def _in_table(key: str) -> tuple[str, str]:
+    """The table that ``key`` names an entry of, and the entry; empty where it names none."""
+    table = next((table for table in _TABLES if key.startswith(f"{table}.")), "")
+    return table, key[len(table) + 1 :] if table else ""
+
+
+def key_parts(key: str) -> list[str]:
+    """The mappings that lead to ``key``: what names an entry of a table is one part, whatever dots it has."""
+    table, name = _in_table(key)
+    return [*table.split("."), name] if table else key.split(".")
 
 
 def unknown_key(key: str, known: Sequence[str] | None) -> ConfigError:
@@ -170,7 +190,54 @@ def expand_axes(trial: Mapping[str, Any], axes: Sequence[Axis]) -> list[Point]:
         drafts = grown
     for chosen, plain in drafts:
         _check_survives(chosen, plain, axes)
-    return [Point(axes=chosen, config=_checked(trial, chosen, plain)) for chosen, plain in drafts]
+    return [
+        Point(axes=chosen, config=_checked(trial, chosen, plain), earlier=_earlier(chosen, plain)) for chosen, plain in drafts
+    ]
+
+
+def _earlier(chosen: Mapping[str, Any], plain: Mapping[str, Any]) -> tuple[TrialConfig, ...]:
+    """The trials that a point starts from, the latest first.
+
+    Raises:
+        ConfigError: one of them breaks a law; the key is that of the change at fault, where one is.
+    """
+    configs: list[TrialConfig] = []
+    prefix = "trial"
+    while (plain.get("start") or {}).get("load"):
+        if len(configs) == MAX_STAGES:
+            raise ConfigError(f"{prefix}.start", f"must make at most {MAX_STAGES} stages")
+        prefix = f"{prefix}.start.changes"
+        changes = plain["start"].get("changes") or {}
+        try:
+            plain = _changed(plain, changes, prefix)
+            configs.append(build(TrialConfig, plain, "trial"))
+        except ConfigError as error:
+            error = _of_changes(error, changes, prefix)
+            raise (ConfigError(f"{error.key} (at {show_axes(chosen)})", error.law) if chosen else error) from None
+    return tuple(configs)
+
+
+def _changed(plain: Mapping[str, Any], changes: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    for key in map(str, changes):
+        if key.split(".")[0] == "start" and key != "start":
+            raise ConfigError(f"{prefix}.{key}", "must be a mapping under start: the earlier trial has a start of its own")
+        if not is_trial_key(key):
+            law = "must not be set: stages share the seed" if key == "seed" else ""
+            raise ConfigError(f"{prefix}.{key}", law or unknown_key(key, sorted(trial_keys())).law)
+    return _assign_all({key: value for key, value in plain.items() if key != "start"}, changes)
+
+
+def _of_changes(error: ConfigError, changes: Mapping[str, Any], prefix: str) -> ConfigError:
+    """A mistake of an earlier trial as one of the change that has made it."""
+    if error.key.startswith(prefix):
+        return error
+    key = error.key.removeprefix("trial.")
+    guilty = [str(change) for change in changes if _overlap(key, str(change))]
+    if guilty:
+        change = max(guilty, key=len)
+        inner = key[len(change) :] if key.startswith(change) else ""
+        return ConfigError(f"{prefix}.{change}{inner}", error.law)
+    return ConfigError(prefix, f"must make a trial that can be run, but {error.key} {error.law}")
 
 
 def _never_applies(axis: Axis, plains: Sequence[Mapping[str, Any]]) -> ConfigError:
@@ -238,13 +305,9 @@ def _defaults(family: str) -> dict[str, Any]:
     return flatten(to_plain(TrialConfig(model=FAMILIES[family]())))
 
 
-def _parts(key: str) -> list[str]:
-    return [*_TABLE.split("."), key[len(_TABLE) + 1 :]] if key.startswith(f"{_TABLE}.") else key.split(".")
-
-
 def _get(plain: Mapping[str, Any], key: str) -> Any:
     value: Any = plain
-    for part in _parts(key):
+    for part in key_parts(key):
         if not isinstance(value, Mapping) or part not in value:
             return _MISSING
         value = value[part]
@@ -259,7 +322,7 @@ def _assign_all(plain: Mapping[str, Any], assignments: Mapping[str, Any]) -> dic
 
 
 def _assign(plain: dict[str, Any], key: str, value: Any) -> None:
-    *outer, last = _parts(key)
+    *outer, last = key_parts(key)
     target = plain
     for i, part in enumerate(outer):
         target = target.setdefault(part, {})
@@ -276,7 +339,7 @@ def _assign(plain: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _replaces(key: str, present: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
-    return key == _TABLE or (key == "model" and "family" in value and value["family"] != present.get("family", "dense"))
+    return key in _TABLES or (key == "model" and "family" in value and value["family"] != present.get("family", "dense"))
 
 
 def _check_survives(chosen: Mapping[str, Any], plain: Mapping[str, Any], axes: Sequence[Axis]) -> None:

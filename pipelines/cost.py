@@ -9,7 +9,7 @@ from statistics import median
 from typing import NamedTuple
 
 from lightning_modules.building import ConfigError
-from lightning_modules.config import AdapterMoEConfig, DenseConfig, TrialConfig
+from lightning_modules.config import AdapterMoEConfig, DenseConfig, ModelConfig, TrialConfig
 from pipelines.spec import ResourcesConfig, SweepConfig, SweepError
 from pipelines.store import TrialFolder, TrialResult
 
@@ -121,12 +121,21 @@ def estimate(
 
 def _shape(config: TrialConfig) -> tuple[object, ...]:
     """What the cost of a step depends on."""
-    model, mixture, backbone = config.model, config.mixture, config.backbone
-    width = model.ffn_multiple if isinstance(model, DenseConfig) else model.num_experts
-    inner = model.bottleneck if isinstance(model, AdapterMoEConfig) else 0
+    mixture, backbone = config.mixture, config.backbone
     size = (backbone.size.hidden_size, backbone.size.num_layers, backbone.size.ffn_size, backbone.max_length, backbone.frozen)
-    return (model.family, width, inner, model.layers, backbone.name, size, mixture.batch_size, mixture.tasks_per_step,
-            mixture.batching, config.train.precision)  # fmt: skip
+    return (*_parts(config.model), backbone.name, size, mixture.batch_size, mixture.tasks_per_step, mixture.batching,
+            config.train.precision, config.train.freeze)  # fmt: skip
+
+
+def _parts(model: ModelConfig) -> tuple[object, ...]:
+    """What the cost of a step depends on in a family."""
+    if isinstance(model, DenseConfig):
+        return model.family, model.ffn_multiple, model.layers
+    router = model.router
+    routing = (router.kind, router.selection, router.top_k, router.combine, router.draw, router.slots, router.consistency > 0)
+    if isinstance(model, AdapterMoEConfig):
+        return model.family, model.num_experts, model.layers, model.bottleneck, routing
+    return model.family, model.num_experts, model.layers, model.expert, model.shared_experts, model.dispatch, routing
 
 
 def _family(config: TrialConfig) -> str:

@@ -2,7 +2,7 @@
 
 A trial that several candidates need (a shared baseline), or that two grid points turn out to be, is planned once: its id is its
 content. Trials run seed by seed, and within a seed the baselines that most candidates share come first, so that a sweep that
-is cut short has complete comparisons for its first seeds.
+is cut short has complete comparisons for its first seeds. Trials that others start from (``trial.start``) run in earlier waves.
 """
 
 import json
@@ -24,6 +24,7 @@ from pipelines.store import TrialFolder, TrialResult
 
 CANDIDATE = "candidate"
 SINGLE_TASK = "single_task"
+STAGE = "stage"
 State = Literal["new", "resume", "finished"]
 
 
@@ -34,12 +35,13 @@ class PlannedTrial:
     trial_id: str
     config: TrialConfig
     role: str
-    """``candidate`` or the kind of baseline it is; a trial that is both is a candidate."""
+    """``candidate``, the kind of baseline it is, or ``stage``: others start from it. A trial that is several of them is a
+    candidate, else a baseline."""
     configuration: str
     """Label that all seeds of a configuration share, e.g. ``task_moe num_experts=4``."""
     seed: int
     wave: int = 0
-    """A trial starts after all trials of earlier waves. 0: it starts from no other trial's checkpoint."""
+    """A trial starts after all trials of earlier waves. 0: it starts from no other trial's weights."""
     state: State = "new"
     """From the store: has a result, has a checkpoint to go on from, or neither."""
     remaining: int = 0
@@ -102,6 +104,7 @@ class _Draft:
     role: str
     raw: TrialConfig
     """What the label is made from: patterns instead of lists of tasks."""
+    wave: int = 0
     task: str | None = None
     axes: Mapping[str, Any] = field(default_factory=dict)
     baselines: dict[str, Any] = field(default_factory=dict)
@@ -147,18 +150,47 @@ def _drafts(sweep: SweepConfig, points: Sequence[Point], resolver: Resolver) -> 
         raise ConfigError("trial.mixture.unrelated", law)
     for point in points:
         try:
-            resolved = resolver.resolve(point.config)
+            chain = _resolve_stages(point, resolver)
         except ConfigError as error:
             raise _at_point(error, point, len(points)) from None
+        raws = (*reversed(point.earlier), point.config)
         for seed in sweep.seed_list:
-            config = replace(resolved, seed=seed)
-            candidate = _Draft(config.trial_id, config, CANDIDATE, point.config, axes=point.axes)
+            configs = _linked(chain, seed)
+            config, wave = configs[-1], len(configs) - 1
+            for depth, (stage, raw) in enumerate(zip(configs[:-1], raws[:-1], strict=True)):
+                drafts.append(_Draft(stage.trial_id, stage, STAGE, raw, depth))
+            candidate = _Draft(config.trial_id, config, CANDIDATE, point.config, wave, axes=point.axes)
             drafts.append(candidate)
             # A frozen backbone whose decoder answers has nothing to train.
             floor = not resolver.decodes(config, config.mixture)
             kinds = [kind for kind in sweep.baselines if kind != "frozen_backbone" or floor]
             drafts.extend(_baselines(candidate, kinds, resolver.shares(config)))
     return drafts
+
+
+def _resolve_stages(point: Point, resolver: Resolver) -> list[TrialConfig]:
+    """The point's trials in the order in which they train, the candidate last."""
+    later = resolver.resolve(point.config)
+    chain, prefix = [later], "trial"
+    for config in point.earlier:
+        prefix = f"{prefix}.start.changes"
+        try:
+            later = resolver.resolve_earlier(config, later)
+        except ConfigError as error:
+            if error.key in ("trial.start.load", "") or not error.key.startswith("trial."):
+                raise
+            raise ConfigError(error.key.replace("trial", prefix, 1), f"(in the earlier trial) {error.law}") from None
+        chain.insert(0, later)
+    return chain
+
+
+def _linked(chain: Sequence[TrialConfig], seed: int) -> list[TrialConfig]:
+    """The stages with their seed, each with the id of the one that it starts from."""
+    linked: list[TrialConfig] = []
+    for config in chain:
+        start = replace(config.start, trial=linked[-1].trial_id) if linked else config.start
+        linked.append(replace(config, seed=seed, start=start))
+    return linked
 
 
 def _at_point(error: ConfigError, point: Point, points: int) -> ConfigError:
@@ -216,7 +248,7 @@ def _merge(drafts: Sequence[_Draft], resolver: Resolver, storage: Path, fresh: b
     users = Counter(draft.trial_id for draft in drafts if draft.role != CANDIDATE)
     trials = []
     for trial_id, group in groups.items():
-        group.sort(key=lambda draft: draft.role != CANDIDATE)
+        group.sort(key=lambda draft: (draft.role != CANDIDATE, draft.role == STAGE))
         main = group[0]
         state, remaining = _state(TrialFolder(storage, trial_id), main.config, fresh)
         trials.append(
@@ -226,6 +258,7 @@ def _merge(drafts: Sequence[_Draft], resolver: Resolver, storage: Path, fresh: b
                 role=main.role,
                 configuration=labels[id(main)],
                 seed=main.config.seed,
+                wave=main.wave,
                 state=state,
                 remaining=remaining,
                 task=main.task,
@@ -268,7 +301,8 @@ def _labels(drafts: Sequence[_Draft]) -> dict[int, str]:
     labels: dict[int, str] = {}
     for (role, family, task), group in groups.items():
         keys = list(dict.fromkeys(key for d in group for key in flats[id(d)]))
-        varying = [key for key in keys if len({repr(flats[id(d)].get(key)) for d in group}) > 1]
+        staged = [d for d in group if d.raw.start.load]
+        varying = [key for key in keys if _differs(key, [flats[id(d)] for d in (staged if _is_change(key) else group)])]
         names = _short_names(varying)
         start = family if role == CANDIDATE else f"{role} {task or family}"
         seen: dict[str, list[str]] = {}
@@ -284,11 +318,22 @@ def _labels(drafts: Sequence[_Draft]) -> dict[int, str]:
     return labels
 
 
+def _is_change(key: str) -> bool:
+    """Whether it is a setting of an earlier trial, to be told apart from those of other earlier trials only."""
+    return key.startswith("start.changes.")
+
+
+def _differs(key: str, flats: Sequence[Mapping[str, Any]]) -> bool:
+    return len({repr(flat.get(key)) for flat in flats}) > 1
+
+
 def _labelled(draft: _Draft, varying: Sequence[str]) -> set[str]:
-    """The settings that a label may show: those that the sweep's axes name, or for a baseline all that vary."""
+    """The settings that a label may show: those that the sweep's axes name, or for any other trial all that vary."""
     if draft.role != CANDIDATE:
-        return set(varying) - set(_UNLABELLED)
-    return {key for axis, value in draft.axes.items() for key in _axis_settings(axis, value)}
+        shown = set(varying) - set(_UNLABELLED)
+    else:
+        shown = {key for axis, value in draft.axes.items() for key in _axis_settings(axis, value)}
+    return {key for key in shown if not key.startswith(_MAPS)}
 
 
 def _axis_settings(axis: str, value: Any) -> dict[str, Any]:
@@ -299,21 +344,27 @@ def _axis_settings(axis: str, value: Any) -> dict[str, Any]:
 _UNLABELLED = ("backbone.size.tokenizer_tasks",)
 """Settings that follow from others and are too long for a label; a number tells configurations that differ in them apart."""
 
+_MAPS = ("model.router.experts_of.", "model.router.descriptions.", "model.router.donors.")
+"""Settings with an entry for each task: too long for a label, too."""
+
 
 def _label_settings(config: TrialConfig) -> dict[str, Any]:
     plain = to_plain(config)
-    del plain["seed"], plain["digests"]
+    del plain["seed"], plain["digests"], plain["start"]["trial"]
     return flatten(plain)
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Key paths -> their last part, or as many parts as it takes to tell them apart."""
+    """Key paths -> their last part, or as many parts as it takes to tell them apart; those of an earlier trial begin with
+    ``start:``."""
     names = {}
     for key in keys:
-        parts = key.split(".")
+        prefix = "start:" if _is_change(key) else ""
+        others = [other for other in keys if _is_change(other) == _is_change(key)]
+        parts = key.removeprefix("start.changes.").split(".")
         suffixes = (".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1))
-        unique = (s for s in suffixes if sum(other == s or other.endswith(f".{s}") for other in keys) == 1)
-        names[key] = next(unique, key)
+        unique = (s for s in suffixes if sum(other == s or other.endswith(f".{s}") for other in others) == 1)
+        names[key] = prefix + next(unique, key)
     return names
 
 
@@ -341,6 +392,7 @@ def describe(plan: Plan, *, trials: bool = True) -> list[str]:
 def _trial_row(trial: PlannedTrial) -> tuple[str, ...]:
     also = [label for _, label in trial.uses if label != trial.configuration]
     shown = trial.configuration + (f" (also {', '.join(also)})" if also else "")
+    shown += f" (starts from {trial.config.start.trial})" if trial.config.start.trial else ""
     steps = trial.config.train.steps
     done = steps - trial.remaining
     return trial.trial_id, trial.state, str(trial.seed), f"{done}/{steps}" if trial.state == "resume" else str(steps), shown

@@ -1,7 +1,7 @@
 """The pictures of a comparison."""
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from lightning_modules.config import AdapterMoEConfig, DenseConfig
+from pipelines.routes import RouteSummary, Snapshot, dynamics
 from pipelines.transfer import Cell, Comparison, Estimate, Summary
 from pipelines.wording import SIGNS, categories_of, is_bounded, name_of, number, ordered, unit_of
 
@@ -38,16 +39,18 @@ def figures(comparison: Comparison) -> dict[str, tuple[str, Figure]]:
 
 
 def _experts(summary: Summary, comparison: Comparison) -> int:
-    """Number of experts, or for a parameter-matched baseline the number whose parameters it has; 1 for dense."""
+    """Number of experts (the mean where blocks have different numbers), or for a parameter-matched baseline the number whose
+    parameters it has; 1 for dense."""
     model = summary.config.model
-    if summary.role != "parameter_matched":
-        return 1 if isinstance(model, DenseConfig) else model.num_experts
     if isinstance(model, DenseConfig):
-        return model.ffn_multiple
+        return model.ffn_multiple if summary.role == "parameter_matched" else 1
+    own = round(float(np.mean(model.num_experts)))
+    if summary.role != "parameter_matched":
+        return own
     candidates = [s.config.model for s in comparison.summaries if s.role == "candidate"]
     width = model.bottleneck if isinstance(model, AdapterMoEConfig) else 0
     same = [m.num_experts for m in candidates if isinstance(m, AdapterMoEConfig) and m.num_experts * m.bottleneck == width]
-    return same[0] if same else model.num_experts
+    return same[0] if same else own
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
@@ -290,3 +293,125 @@ def _experts_series(
             markerfacecolor="white" if hollow else _colour(members[0]),
             label=_literal(name),
         )
+
+
+# -- routing -----------------------------------------------------------------------------------------------------------------
+
+PARTS = {
+    "i_task": ("decided by the task", "#0072B2"),
+    "i_input": ("decided by the input", "#E69F00"),
+    "h_residual": ("undecided", "#c9ccd1"),
+}
+"""Part of the entropy over experts -> what it says, and its colour."""
+
+
+def route_figures(summaries: Sequence[RouteSummary], categories: Mapping[str, str]) -> dict[str, tuple[str, Figure]]:
+    """File name without suffix -> title and figure: the routes and the similarity of routes of every configuration (its first
+    seed), the entropy decomposition, and routing over time where it was measured more than once.
+
+    Args:
+        summaries: of a sweep's configurations.
+        categories: task -> human category.
+    """
+    made: dict[str, tuple[str, Figure]] = {}
+    for i, summary in enumerate(summaries, 1):
+        first = summary.trials[0]
+        title = f"{summary.configuration}: experts that each task uses, seed {first.seed}"
+        made[f"routes_{i}"] = (title, route_map(first.last, categories))
+        title = f"{summary.configuration}: similarity of routes, mean over {len(summary.trials)} seeds"
+        made[f"route_similarity_{i}"] = (title, _similarity_map(summary, categories))
+    if summaries:
+        made["route_entropy"] = ("What decides the expert", _entropy_bars(summaries))
+    if any(len(trial.steps) > 1 for summary in summaries for trial in summary.trials):
+        made["route_dynamics"] = ("Routing over training", _route_dynamics(summaries))
+    return made
+
+
+def route_map(snapshot: Snapshot, categories: Mapping[str, str]) -> Figure:
+    """Weight of every expert (rows, by block) for every task (columns, by category)."""
+    order = _by_category_first(snapshot.tasks, categories)
+    blocks = sorted(snapshot.tables)
+    rows = sum(snapshot.tables[block].shape[1] for block in blocks)
+    figure = Figure(figsize=(max(3.0, 0.34 * len(order)) + 2.4, 0.16 * rows + 0.06 * len(blocks) + 2.3), layout="constrained")
+    axes = figure.add_subplot()
+    weights = np.concatenate([snapshot.tables[block][order].T for block in blocks])
+    image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="none")
+    edges = np.cumsum([0, *(snapshot.tables[block].shape[1] for block in blocks)])
+    for edge in edges[1:-1]:
+        axes.axhline(edge - 0.5, color="#555555", linewidth=0.8)
+    axes.set_yticks((edges[:-1] + edges[1:] - 1) / 2, [f"block {block}" for block in blocks], fontsize=8)
+    _task_axis(axes, [snapshot.tasks[i] for i in order], categories)
+    bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=24)
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+    bar.set_label("weight of the expert", fontsize=8)
+    return figure
+
+
+def _similarity_map(summary: RouteSummary, categories: Mapping[str, str]) -> Figure:
+    order = _by_category_first(summary.tasks, categories)
+    side = max(2.6, 0.3 * len(order))
+    figure = Figure(figsize=(side + 2.4, side + 1.6), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(summary.similarity[np.ix_(order, order)], cmap="viridis", vmin=0, vmax=1, interpolation="none")
+    tasks = [summary.tasks[i] for i in order]
+    _task_axis(axes, tasks, categories)
+    axes.set_yticks(range(len(tasks)), [_literal(_wrap(name, 24)) for name in _short_names(tasks)], fontsize=7)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+    bar.set_label("1: the same route, 0: no expert in common", fontsize=8)
+    return figure
+
+
+def _by_category_first(tasks: Sequence[str], categories: Mapping[str, str]) -> list[int]:
+    """Places of the tasks, those of a category together, categories in the order of their first tasks."""
+    names = list(dict.fromkeys(categories.get(task, "") for task in tasks))
+    return sorted(range(len(tasks)), key=lambda i: names.index(categories.get(tasks[i], "")))
+
+
+def _task_axis(axes: Axes, tasks: Sequence[str], categories: Mapping[str, str]) -> None:
+    """Tasks as columns, under brackets that name their categories."""
+    names = [_literal(_wrap(name, 24)) for name in _short_names(tasks)]
+    axes.set_xticks(range(len(tasks)), names, rotation=40, ha="right", rotation_mode="anchor", fontsize=7)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if any(categories.get(task) for task in tasks):
+        _category_brackets(axes, [categories.get(task, "") for task in tasks])
+
+
+def _entropy_bars(summaries: Sequence[RouteSummary]) -> Figure:
+    """One stacked bar per configuration: H(E) = I(T; E) + I(X; E | T) + H(E | X, T), means over blocks and seeds, nats."""
+    figure = Figure(figsize=(8.2, 0.42 * len(summaries) + 1.5), layout="constrained")
+    axes = figure.add_subplot()
+    left = np.zeros(len(summaries))
+    for part, (label, colour) in PARTS.items():
+        # Up to rounding no part is negative.
+        widths = np.array([max(0.0, summary.values[part]) for summary in summaries])
+        axes.barh(range(len(summaries)), widths, left=left, color=colour, label=label, height=0.62)
+        left += widths
+    axes.set_yticks(range(len(summaries)), [_literal(_wrap(s.configuration, 40)) for s in summaries])
+    axes.set_ylim(len(summaries) - 0.4, -0.6)
+    axes.set_xlabel("entropy over experts (nats), mean over blocks and seeds", fontsize=9)
+    axes.grid(axis="x", color="#e4e4e4", linewidth=0.7)
+    _plain(axes)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def _route_dynamics(summaries: Sequence[RouteSummary]) -> Figure:
+    """One row per configuration: NMI, entropy and effective experts at every evaluation, one line per seed."""
+    shown = [summary for summary in summaries if any(len(trial.steps) > 1 for trial in summary.trials)]
+    names = {"nmi": "task-expert NMI", "entropy": "entropy of a route", "effective_experts": "effective experts"}
+    figure = Figure(figsize=(9.0, 1.55 * len(shown) + 0.9), layout="constrained")
+    grid = figure.subplots(len(shown), len(names), sharex=True, squeeze=False)
+    for axes, label in zip(grid[0], names.values(), strict=True):
+        axes.set_title(label, fontsize=9)
+    for row, summary in zip(grid, shown, strict=True):
+        for axes, name in zip(row, names, strict=True):
+            for trial in summary.trials:
+                axes.plot(list(trial.steps), dynamics(trial)[name], color="#0072B2", linewidth=1.1, alpha=0.75)
+            axes.set_ylim(0, None if name == "effective_experts" else 1.03)
+            axes.grid(color="#e4e4e4", linewidth=0.7)
+            _plain(axes)
+        row[0].set_ylabel(_literal(_wrap(summary.configuration, 20)), fontsize=8)
+    figure.supxlabel("step; one line per seed", fontsize=9)
+    return figure

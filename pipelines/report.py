@@ -9,9 +9,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from lightning_modules.files import atomic_file
-from pipelines.plots import DPI, figures
-from pipelines.stats import sd
+from pipelines.plots import DPI, figures, route_figures
+from pipelines.routes import RoutedTrial, RouteSummary, first_dead, summarise
+from pipelines.stats import sd, t_interval
 from pipelines.store import write_text
 from pipelines.transfer import LOWER_IS_BETTER, Cell, Comparison, Estimate, Summary, write_csv
 from pipelines.wording import (
@@ -42,23 +45,32 @@ class SweepFacts:
     """How to run or continue the sweep."""
     notes: tuple[str, ...] = ()
     """What is doubtful about the data: duplicates, what was cut and the like."""
+    routes: tuple[RoutedTrial, ...] = ()
+    """The finished trials that route tasks to experts (``pipelines.routes.collect``)."""
 
 
 def write_report(folder: Path, comparison: Comparison, facts: SweepFacts) -> Path:
     """Write comparison.csv, report/*.png and report/index.html under the sweep's folder; returns the page's path."""
     write_csv(folder / "comparison.csv", comparison)
+    categories = {cell.task: cell.category for cell in comparison.cells.values()}
+    routed = summarise(facts.routes, categories)
     images = {}
-    for name, (title, figure) in figures(comparison).items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
-        images[name] = (title, buffer.getvalue())
+    for name, (title, figure) in (figures(comparison) | route_figures(routed, categories)).items():
+        images[name] = (title, png_of(figure))
         with atomic_file(folder / "report" / f"{name}.png", "wb") as file:
-            file.write(buffer.getvalue())
+            file.write(images[name][1])
     for stale in set((folder / "report").glob("*.png")) - {folder / "report" / f"{name}.png" for name in images}:
         stale.unlink()
     page = folder / "report" / "index.html"
-    write_text(page, page_html(comparison, facts, images))
+    write_text(page, page_html(comparison, facts, images, routed))
     return page
+
+
+def png_of(figure: Figure) -> bytes:
+    """The figure as a PNG; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 STYLE = """
@@ -89,11 +101,18 @@ summary { cursor: pointer }
 """
 
 
-def page_html(comparison: Comparison, facts: SweepFacts, images: Mapping[str, tuple[str, bytes]]) -> str:
+def page_html(
+    comparison: Comparison,
+    facts: SweepFacts,
+    images: Mapping[str, tuple[str, bytes]],
+    routed: Sequence[RouteSummary] = (),
+) -> str:
     """The whole report as one HTML page: pictures inside, no script, nothing fetched; every name is escaped."""
+    main = [image for name, image in images.items() if not name.startswith("route")]
     sections = {
-        "What came out": _verdicts_html(comparison) + "".join(_figure_html(title, png) for title, png in images.values()),
+        "What came out": _verdicts_html(comparison) + "".join(_figure_html(title, png) for title, png in main),
         "Configurations": _configurations_html(comparison),
+        **({"Routing": _routing_html(routed, images)} if routed else {}),
         "Every task": _tasks_html(comparison),
         "Not finished or failed": _missing_html(comparison),
         **({"The data": f"<ul>{''.join(f'<li>{_esc(note)}</li>' for note in facts.notes)}</ul>"} if facts.notes else {}),
@@ -208,6 +227,63 @@ def _task_fields(cell: Cell) -> tuple[list[str], list[str]]:
     trivial = format(cell.floor * factor, digits) if cell.floor is not None else ""
     note = f'<span class="note">{_esc(brief(cell.gain.reason))}</span>' if cell.gain.reason else ""
     return [_esc(cell.metric + lower), score, reference, trivial, _estimate_html(cell.gain, factor), percent], [note]
+
+
+def _routing_html(routed: Sequence[RouteSummary], images: Mapping[str, tuple[str, bytes]]) -> str:
+    """What the routers of the sweep have learned, over all tasks of a trial."""
+    head = ["configuration", "seeds", "task-expert NMI", "agreement with categories (ARI)", "Mantel p", "effective experts",
+            "dead experts", "seed stability"]  # fmt: skip
+    rows = []
+    for summary in routed:
+        values = summary.values
+        cells = [
+            str(len(summary.trials)),
+            f"{values['nmi']:.2f}",
+            _ari_text(summary.ari),
+            "" if summary.mantel_p is None else f"{summary.mantel_p:.2g}",
+            f"{values['effective_experts']:.1f}",
+            _dead_text(summary),
+            "" if summary.stability is None else f"{summary.stability:.2f}",
+        ]
+        rows.append(_row_html(_esc(summary.configuration), [_esc(cell) for cell in cells]))
+    notes = "".join(f"<li>{note}</li>" for note in ROUTING_NOTES)
+    shared = [images[name] for name in ("route_entropy", "route_dynamics") if name in images]
+    maps = [images[name] for name in images if name.startswith(("routes_", "route_similarity_"))]
+    return (
+        _table_html(head, rows)
+        + f"<ul>{notes}</ul>"
+        + "".join(_figure_html(*image) for image in shared)
+        + f"<details><summary>Who uses which expert</summary>{''.join(_figure_html(*image) for image in maps)}</details>"
+    )
+
+
+ROUTING_NOTES = (
+    "<b>Task-expert NMI</b>: how much the task says about the expert, 0 nothing, 1 all; mean over blocks and seeds. It is not "
+    "use: whether a route matters is for <code>pipelines/analyze.py knockout</code> to say.",
+    "<b>Agreement with categories</b>: adjusted Rand index of the clusters of similar routes with the human categories (1 the "
+    "same groups, 0 chance), mean [95 % interval] over seeds; <b>Mantel p</b>: how often categories dealt to the tasks at "
+    "random agree as well with the similarity of the routes.",
+    "<b>Effective experts</b>: exp of the entropy of their use, mean over blocks. <b>Dead</b>: experts of all blocks with less "
+    "than a hundredth of an equal share, mean over seeds; (since step): the first of three evaluations in a row without use.",
+    "<b>Seed stability</b>: correlation between seeds of which tasks share routes: near 0, the groups are accidents of a seed.",
+)
+
+
+def _ari_text(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    interval = t_interval(values)
+    bounds = "" if interval.low is None or interval.high is None else f" [{interval.low:.2f}, {interval.high:.2f}]"
+    return f"{interval.mean:.2f}{bounds}"
+
+
+def _dead_text(summary: RouteSummary) -> str:
+    since = [
+        step
+        for trial in summary.trials
+        for step in first_dead({step: snapshot.tables for step, snapshot in trial.steps.items()}).values()
+    ]
+    return f"{summary.values['dead_experts']:.1f}" + (f" (since step {min(since)})" if since else "")
 
 
 def _missing_html(comparison: Comparison) -> str:

@@ -4,19 +4,19 @@ Everything a plan needs to know of the data is read once per plan here, and ever
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from lightning_modules.building import ConfigError
-from lightning_modules.config import BACKBONES, SEQ2SEQ, BackboneConfig, DenseConfig, MixtureConfig, TrialConfig
+from lightning_modules.config import SEQ2SEQ, BackboneConfig, DenseConfig, MixtureConfig, ModelConfig, TrialConfig
 from lightning_modules.data.mixtures import task_shares
 from lightning_modules.data.posing import PROMPTS, pose
 from lightning_modules.data.splits import few_shot
 from lightning_modules.data.tasks import Checked, TaskSpec, check, select
+from pipelines.architecture import Architecture, architecture_of
+from pipelines.routing_laws import Routed, resolve_router
 
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 _TOKENIZER_FILES = (
@@ -49,21 +49,47 @@ class Resolver:
     _backbones: dict[tuple[str, str | None], tuple[BackboneConfig, str]] = field(default_factory=dict)
 
     def resolve(self, config: TrialConfig) -> TrialConfig:
-        """``config`` with task names for patterns, explicit low-resource sizes and tokenizer tasks, and all digests.
+        """``config`` with task names for patterns, explicit low-resource sizes and tokenizer tasks, what the router must
+        know of the tasks, and all digests.
 
         Raises:
-            ConfigError: a task cannot be used, a pattern matches nothing, or the backbone is not there.
+            ConfigError: a task cannot be used, a pattern matches nothing, the backbone is not there, or the settings cannot
+                work with them.
         """
         names = select(self.specs, config.mixture.tasks, "trial.mixture.tasks")
         mixture = self._mixture(config, names)
         backbone, digests = self._backbone(config.backbone, names)
-        local = digests.get("backbone", "").removeprefix("hub:") == digests.get("backbone", "")
-        kind = _model_type(backbone, config.model.layers) if local else None
-        self._check_forms(config, mixture, kind)
+        architecture = architecture_of(backbone)
+        if architecture is not None:
+            _check_sizes(config, architecture)
+        self._check_forms(config, mixture, None if architecture is None else architecture.kind)
+        model = self._model(config, mixture, architecture)
         for name in sorted({*names, *backbone.size.tokenizer_tasks}):
             self._read(name)
             digests[name] = self._digest(name, config.data.form)
-        return replace(config, mixture=mixture, backbone=backbone, digests=digests)
+        return replace(config, mixture=mixture, backbone=backbone, model=model, digests=digests)
+
+    def resolve_earlier(self, config: TrialConfig, later: TrialConfig) -> TrialConfig:
+        """The trial that ``later``, which is resolved, starts from. Unless it says otherwise, it reads ``later``'s tokens.
+
+        Raises:
+            ConfigError: as :meth:`resolve`, or ``later`` cannot use its weights.
+        """
+        size = config.backbone.size
+        if config.backbone.built_in and not size.tokenizer_tasks and config.backbone.name == later.backbone.name:
+            size = replace(size, tokenizer_tasks=later.backbone.size.tokenizer_tasks)
+        earlier = self.resolve(replace(config, backbone=replace(config.backbone, size=size)))
+        if problem := _unfit(earlier, later):
+            raise ConfigError("trial.start.load", problem)
+        return earlier
+
+    def _model(self, config: TrialConfig, mixture: MixtureConfig, architecture: Architecture | None) -> ModelConfig:
+        if isinstance(config.model, DenseConfig):
+            return config.model
+        own = {name: self.specs[name] for name in mixture.tasks}
+        posed = config.data.form == "text2text"
+        routed = Routed(config.model, mixture, own, architecture, posed, config.train.precision)
+        return replace(config.model, router=resolve_router(routed))
 
     def _mixture(self, config: TrialConfig, names: list[str]) -> MixtureConfig:
         """The mixture with task names for all patterns."""
@@ -114,9 +140,6 @@ class Resolver:
             if name in mixture.held_out and not posed and kind != "text2text":
                 law = f"must be text2text tasks: {name} is {kind}, whose head would never train"
                 raise ConfigError("trial.mixture.held_out", law)
-        if mixture.held_out and not isinstance(config.model, DenseConfig) and config.model.router.kind == "task":
-            law = f"must be empty with a learned task router, whose routes of {mixture.held_out[0]} would never train"
-            raise ConfigError("trial.mixture.held_out", law)
         if self.decodes(config, mixture) and config.backbone.frozen and config.model == DenseConfig():
             law = "must be false for text2text tasks in a dense model, which would have nothing to train, got true"
             raise ConfigError("trial.backbone.frozen", law)
@@ -265,54 +288,63 @@ def locate_backbone(config: BackboneConfig) -> tuple[BackboneConfig, str]:
     return config, f"hub:{config.name}@{config.revision}"
 
 
-def _model_type(config: BackboneConfig, layers: tuple[int, ...]) -> str:
-    """The backbone's architecture. What a folder's ``config.json`` says must fit the trial: a known architecture, blocks and
-    positions enough.
+def _check_sizes(config: TrialConfig, architecture: Architecture) -> None:
+    """Whether the backbone has blocks and positions enough.
 
     Raises:
         ConfigError: it does not.
     """
-    if config.built_in:
-        return {"tiny-encoder": "bert", "tiny-bart": "bart", "tiny-t5": "t5"}[config.name]
-    file = Path(config.name) / "config.json"
+    backbone = config.backbone
     try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise ConfigError("trial.backbone.name", f"{file} is not valid JSON: {error}") from None
-    kind = content.get("model_type")
-    if kind not in BACKBONES:
-        raise ConfigError("trial.backbone.name", f"must be one of {', '.join(BACKBONES)}, got model_type {kind!r} in {file}")
-    blocks = _blocks(kind, content)
-    if blocks is not None and layers and max(layers) >= blocks:
-        raise ConfigError("trial.model.layers", f"must be below the backbone's {blocks} blocks, got {list(layers)}")
-    positions = _positions(kind, content)
-    lengths = {"max_length": config.max_length} | ({"max_target_length": config.max_target_length} if kind == "bart" else {})
+        architecture.blocks(config.model.layers)
+    except ConfigError as error:
+        raise error.under("trial") from None
+    lengths = {"max_length": backbone.max_length}
+    lengths |= {"max_target_length": backbone.max_target_length} if architecture.kind == "bart" else {}
     for name, length in lengths.items():
-        if positions is not None and length > positions:
-            raise ConfigError(f"trial.backbone.{name}", f"must be at most the backbone's {positions}, got {length}")
-    return kind
+        if architecture.positions is not None and length > architecture.positions:
+            raise ConfigError(
+                f"trial.backbone.{name}", f"must be at most the backbone's {architecture.positions}, got {length}"
+            )
 
 
-def _positions(kind: str, content: Mapping[str, Any]) -> int | None:
-    """Tokens that the architecture has positions for; None: no limit, or left to the library's defaults."""
-    positions = content.get("max_position_embeddings")
-    if kind == "t5" or (kind == "deberta-v2" and content.get("position_biased_input") is False) or positions is None:
-        return None
-    if kind in ("roberta", "xlm-roberta", "camembert"):  # their positions start after the padding id
-        return positions - content.get("pad_token_id", 1) - 1
-    return positions
+def _unfit(earlier: TrialConfig, later: TrialConfig) -> str:
+    """Why ``later`` cannot take the parts that it wants from ``earlier``, as far as settings tell; "": it can."""
+    for part in later.start.load:
+        for name in _SHAPING[part]:
+            was, now = _setting(earlier, name), _setting(later, name)
+            if was != now:
+                return f"cannot take {part} from a trial with another {name}, got {was!r} there and {now!r} here"
+    if "router" not in later.start.load:
+        return ""
+    if _setting(later, "model.router.task_vectors") == "onehot" and earlier.mixture.tasks != later.mixture.tasks:
+        return (
+            "cannot take a router with one-hot task vectors, whose entries are the tasks' numbers, from a trial of other tasks"
+        )
+    biased = [_setting(config, "model.router.balance") == "bias" for config in (earlier, later)]
+    if biased[0] != biased[1]:
+        return "cannot take a router whose selection is biased (balance: bias) on one side only: its routes would be others"
+    return ""
 
 
-def _blocks(kind: str, content: Mapping[str, Any]) -> int | None:
-    """Blocks of encoder and decoder together; None where the file leaves it to the library's defaults."""
-    if kind == "bart":
-        numbers = [content.get("encoder_layers"), content.get("decoder_layers")]
-    elif kind == "t5":
-        numbers = [content.get("num_layers"), content.get("num_decoder_layers") or content.get("num_layers")]
-    else:
-        numbers = [content.get("num_hidden_layers", content.get("n_layers"))]
-    known = [n for n in numbers if isinstance(n, int)]
-    return sum(known) if len(known) == len(numbers) else None
+_ROUTED = ("model.family", "model.num_experts", "model.layers")
+_SHAPING = {
+    "router": (*_ROUTED, *(f"model.router.{name}" for name in (
+        "kind", "conditioning", "network", "task_vectors", "task_vector_size", "hidden_size", "normalise"))),
+    "experts": (*_ROUTED, "model.expert", "model.shared_experts", "model.bottleneck", "backbone.name", "backbone.size"),
+    "backbone": ("backbone.name", "backbone.revision", "backbone.size", "model.family", "model.layers", "model.ffn_multiple",
+                 "model.expert"),
+    "heads": ("backbone.size.hidden_size", "heads"),
+}  # fmt: skip
+"""Part -> settings that its tensors depend on. A built-in backbone's tokenizer tasks are among its sizes: other texts, other
+tokens."""
+
+
+def _setting(config: TrialConfig, key: str) -> object:
+    value: object = config
+    for name in key.split("."):
+        value = getattr(value, name, None)
+    return value
 
 
 def _folder_digest(folder: Path) -> str:

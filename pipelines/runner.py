@@ -61,16 +61,55 @@ def run_trials(trial_ids: Sequence[str], launch: Launch) -> None:
     """Train the trials (their ``config.yaml`` is written already) and return when none is left. How each one ended stands
     in its folder.
 
+    A trial that starts from another's weights (``start.trial``) waits until that one has finished; if it has not, the trial
+    fails without having been attempted.
+
     Raises:
         ConfigError: the cluster cannot hold one trial.
     """
+    earlier = {t: TrialFolder(launch.storage, t).read_config().start.trial for t in trial_ids}
     with _ray(launch):
         _check_cluster(launch.resources)
-        scratch = launch.storage / ".tune" / f"{launch.sweep}-{int(time.time() * 1000)}"
-        try:
-            grid = _tuner(trial_ids, launch, scratch).fit()
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        for number, wave in enumerate(waves(earlier)):
+            ready = [trial_id for trial_id in wave if _can_start(trial_id, earlier[trial_id], launch.storage)]
+            if ready:
+                _run_wave(ready, launch, number)
+
+
+def waves(earlier: Mapping[str, str]) -> list[list[str]]:
+    """Trial ids in waves, each after all those that its trials start from.
+
+    Args:
+        earlier: trial id -> id of the trial it starts from, "" for none; one that is no key has trained before.
+    """
+
+    def depth(trial_id: str) -> int:
+        return 1 + depth(earlier[trial_id]) if earlier.get(trial_id) in earlier else 0
+
+    found: dict[int, list[str]] = {}
+    for trial_id in earlier:
+        found.setdefault(depth(trial_id), []).append(trial_id)
+    return [found[number] for number in sorted(found)]
+
+
+def _can_start(trial_id: str, earlier: str, storage: Path) -> bool:
+    """Whether what the trial starts from is there. If not, it has failed."""
+    if not earlier or TrialFolder(storage, earlier).result() is not None:
+        return True
+    reason = TrialFolder(storage, earlier).status().get("error") or {}
+    why = f": {reason['message'].splitlines()[0]}" if reason.get("message") else ""
+    message = f"not attempted: the trial that it starts from, {earlier}, has no result{why}"
+    error = {"type": "EarlierTrialFailed", "message": message, "traceback": ""}
+    TrialFolder(storage, trial_id).write_status(state="failed", error=error)
+    return False
+
+
+def _run_wave(trial_ids: Sequence[str], launch: Launch, number: int) -> None:
+    scratch = launch.storage / ".tune" / f"{launch.sweep}-{int(time.time() * 1000)}-{number}"
+    try:
+        grid = _tuner(trial_ids, launch, scratch).fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     errors = {result.config["trial_id"]: result.error for result in grid if result.config and result.error}
     for trial_id in trial_ids:
         _tell_lost(TrialFolder(launch.storage, trial_id), errors.get(trial_id))

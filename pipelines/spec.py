@@ -16,9 +16,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_modules.building import ConfigError, build
-from pipelines.axes import Point, expand_axes, is_trial_key, parse_axes, unknown_key
+from pipelines.axes import Point, expand_axes, is_trial_key, key_parts, parse_axes, unknown_key
 
-BaselineKind = Literal["single_task", "parameter_matched", "random_routing", "uniform_routing", "frozen_backbone"]
+BaselineKind = Literal[
+    "single_task", "parameter_matched", "compute_matched", "random_routing", "uniform_routing", "frozen_backbone"
+]
 
 
 class SweepError(ValueError):
@@ -228,8 +230,7 @@ def _override_path(raw: Mapping[str, Any], top: str, rest: str) -> list[str]:
             if isinstance(values, list) and values and all(rest in _set_by(str(name), value) for value in values):
                 which = "the axis" if name == rest else f"the axis {name}"
                 raise ConfigError(f"trial.{rest}", f"has no effect, {which} sets it in every trial; use axes.{name}=[...]")
-        table = "mixture.low_resource."
-        return [*table.rstrip(".").split("."), rest.removeprefix(table)] if rest.startswith(table) else rest.split(".")
+        return key_parts(rest)
     known = {"resources": ResourcesConfig, "schedule": ScheduleConfig}.get(top)
     names = [f"{top}.{f.name}" for f in fields(known)] if known else [top]
     if f"{top}.{rest}" not in names:
@@ -261,6 +262,9 @@ def _axis_path(axes: Mapping[str, Any], rest: str) -> list[str]:
 def _check_not_by_hand(trial: Mapping[str, Any]) -> None:
     _require("seed" not in trial, "trial.seed", "must not be set here; the key seeds lists the seeds of all trials")
     _require("digests" not in trial, "trial.digests", "must not be set; the plan computes them from the data")
+    start = trial.get("start")
+    by_hand = isinstance(start, Mapping) and "trial" in start
+    _require(not by_hand, "trial.start.trial", "must not be set; the plan finds the earlier trial by start.changes")
 
 
 def _find_catalogue(catalogue: str, sweep_file: Path) -> str:

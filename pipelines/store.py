@@ -44,7 +44,8 @@ class TrialResult:
     floors: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
     """split -> task -> metric -> score of the trivial answer (majority class and the like) on the same examples."""
     params: Mapping[str, int] = field(default_factory=dict)
-    """``total``, ``trainable`` and ``active`` (what one example of one task touches) parameter counts."""
+    """``total``, ``trainable`` (and ``trainable/PART``, see ``config.Part``) and ``active`` (what one example of one task
+    touches) parameter counts."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """task -> ``{train, dev, test: examples used, windowed: inputs read in several windows, cut_tokens: tokens beyond
     ``max_windows``, cut_target_tokens: beyond ``max_target_length``}``, the last three over all of the task's examples."""

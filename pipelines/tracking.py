@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_modules.config import flatten, to_plain
+from pipelines.routes import read_arrays, routing_files, snapshot
 from pipelines.store import TrialFolder, TrialResult
 from pipelines.transfer import Planned
 
@@ -34,7 +35,8 @@ METRICS = (
     "params/total", "params/active", "params/trainable", "flops/example",
     "score/{split}/{task}/{metric}", "gain_abs/{task}", "gain_rel/{task}", "delta_m", "neg_count", "worst_gain", "arg",
     "mean_gain/{configuration}", "delta_m/{configuration}", "neg_count/{configuration}", "worst_gain/{configuration}",
-    "cos/{group}/mean", "conflict_rate/{group}", "tag/neg_share", "route/{layer}/{name}", "route/nmi", "claims/{name}",
+    "cos/{group}/mean", "conflict_rate/{group}", "tag/neg_share", "route/{layer}/{name}", "route/nmi",
+    "route/task/{task}/eff_experts", "route/task/{task}/dropped", "claims/{name}",
 )  # fmt: skip
 """Every metric name there is. Extend the list, never rename: old runs must stay comparable. Those per ``{configuration}``
 belong to the sweep's parent run. ``{task}`` and ``{configuration}`` may hold slashes."""
@@ -421,6 +423,7 @@ class Tracker:
             values = {k: v for k, v in values.items() if k not in _keys_at(folder, result.steps)}
         self._send_figures(child, result, values | dict(gains), {})
         self._attach(child.run_id, folder.measurements)
+        self._attach_routes(child.run_id, folder)
         tags = {
             **digests,
             "git_sha": result.git_sha,
@@ -468,6 +471,20 @@ class Tracker:
                 self._client.log_artifact(run_id, str(path))
         except Exception as error:  # each artifact store raises its own library's classes, which share no base
             raise TrackingError(f"MLflow cannot store {path}: {_first_line(error)}") from error
+
+    def _attach_routes(self, run_id: str, folder: TrialFolder) -> None:
+        """Upload a picture of how the finished trial routes its tasks; nothing for a trial that routes none."""
+        files = routing_files(folder.measurements)
+        if not files:
+            return
+        from pipelines.plots import route_map
+        from pipelines.report import png_of
+
+        picture = png_of(route_map(snapshot(read_arrays(files[max(files)])), {}))
+        with tempfile.TemporaryDirectory() as aside:
+            path = Path(aside, "routes.png")
+            path.write_bytes(picture)
+            self._attach(run_id, path)
 
     def _log(
         self,

@@ -20,6 +20,8 @@ from pipelines.store import TrialResult, write_text
 Verdict = Literal["helped", "hurt", "unclear", "pending"]
 SINGLE_TASK = "single_task"
 """The role of a baseline that trains one task alone."""
+STAGE = "stage"
+"""The role of a trial that is there for others to start from: it is compared with nothing."""
 
 LOWER_IS_BETTER = frozenset({"mse"})
 """Metrics whose values are negated before they are compared."""
@@ -367,7 +369,7 @@ def compare(
     single = _single_task_baselines(trials)
     groups: dict[str, list[Planned]] = {}
     for trial in trials:
-        if trial.role != SINGLE_TASK:
+        if trial.role not in (SINGLE_TASK, STAGE):
             groups.setdefault(trial.configuration, []).append(trial)
     cells: dict[tuple[str, str], Cell] = {}
     summaries = []

@@ -28,11 +28,14 @@ from lightning_modules.data.batches import Batch, StepBatches, chosen_rows
 from lightning_modules.data.mixtures import OnlineMixing
 from lightning_modules.data.prepared import TaskData, open_tasks
 from lightning_modules.data.tasks import Split
+from lightning_modules.files import atomic_file
 from lightning_modules.gang import Gang, GangEnvironment, GangStrategy, gather
-from lightning_modules.measure.evaluation import evaluate
-from lightning_modules.measure.routing import measure_routing
+from lightning_modules.measure.evaluation import Evaluation, evaluate
+from lightning_modules.measure.routing import RoutingTally, churn, merge
 from lightning_modules.multitask import MultiTaskModule
 from lightning_modules.network.model import count_parameters
+from lightning_modules.stages import check_optimiser, freeze, start_from, trainable_parts
+from lightning_modules.task_vectors import task_vectors
 from pipelines.store import TrialFolder, TrialResult
 
 Report = Callable[[Mapping[str, Any]], None]
@@ -170,7 +173,9 @@ class _Trial(lightning.Callback):
         self.threads, self.gpu, self.provenance = threads, gpu, provenance
         self.tasks = open_tasks(config, prepared)
         self.batches = StepBatches(config, self.tasks, gang.rank, gang.world_size)
-        self.module = MultiTaskModule(config, self.tasks, self.batches, gang)
+        vectors = task_vectors(config, self.tasks, prepared)
+        self.module = MultiTaskModule(config, self.tasks, self.batches, gang, vectors)
+        freeze(self.module.network, config.train.freeze)
         self.device = torch.device("cuda", 0) if gpu else torch.device("cpu")
         self.resume: dict[str, Any] = {"count": 0, "exact": True, "differences": []}
         self.mixing: OnlineMixing | None = None
@@ -188,6 +193,9 @@ class _Trial(lightning.Callback):
         start = 0
         if self.state is not None:
             start = self._continue_from(self.state)
+        elif self.config.start.load:
+            earlier = TrialFolder(self.folder.path.parents[1], self.config.start.trial)
+            start_from(self.module.network, self.config, earlier.read_config(), earlier.checkpoints)
         self.clock = self.log_clock = time.perf_counter()
         self.log_step = start
         if self.gang.rank == 0:
@@ -224,7 +232,10 @@ class _Trial(lightning.Callback):
 
     def _finish(self) -> TrialResult | None:
         module, config = self.module.to(self.device), self.config
-        splits = {split: evaluate(module.network, config, self.tasks, split, self.gang, self.device) for split in EVALUATED}
+        splits = {"dev": self._evaluate("dev", None)}
+        tally = self._tally()
+        splits["test"] = self._evaluate("test", tally)
+        measurements = self._measure_routing(tally, "test", config.train.steps)
         if self.gang.rank != 0:
             return None
         result = TrialResult(
@@ -239,9 +250,10 @@ class _Trial(lightning.Callback):
             started_ms=self.started_ms,
             finished_ms=int(time.time() * 1000),
             resume=self.resume,
-            params=count_parameters(module.network, len(self.tasks)),
+            params=count_parameters(module.network, len(self.tasks))
+            | {f"trainable/{part}": count for part, count in trainable_parts(module.network).items()},
             data={task.name: self._data_facts(number, task) for number, task in enumerate(self.tasks)},
-            measurements=self._measure_routing(),
+            measurements=measurements,
             workers=self.gang.world_size,
             sweep=self.provenance.get("sweep", ""),
             host=socket.gethostname(),
@@ -258,15 +270,42 @@ class _Trial(lightning.Callback):
             used[split] = len(chosen_rows(self.config, task, split))
         return used | {what: task.count(what) for what in ("windowed", "cut_tokens", "cut_target_tokens")}
 
-    def _measure_routing(self) -> dict[str, float]:
-        routings = self.module.network.route(torch.arange(len(self.tasks), device=self.device))
-        if not routings:
+    def _evaluate(self, split: Split, tally: RoutingTally | None) -> Evaluation:
+        routers = self.module.network.routers
+        if routers is not None and self.config.mixture.held_out:
+            trained = self.batches.trained
+            routers.seed_unseen(trained, [task for task in range(len(self.tasks)) if task not in trained])
+        return evaluate(self.module.network, self.config, self.tasks, split, self.gang, self.device, tally)
+
+    def _tally(self) -> RoutingTally | None:
+        """What an evaluation counts its routes in; None where there is nothing to count, or a route needs no input."""
+        routers = self.module.network.routers
+        return None if routers is None or routers.config.per_task else RoutingTally(len(self.tasks), routers.experts)
+
+    def _measure_routing(self, tally: RoutingTally | None, split: Split, step: int) -> dict[str, float]:
+        """The routing measurements on rank 0, {} elsewhere; the arrays go to ``measurements/routing``."""
+        routers = self.module.network.routers
+        if routers is None:
             return {}
-        arrays = {f"weights/{layer}": routing.weights.detach().float().cpu().numpy() for layer, routing in routings.items()}
-        self.folder.measurements.mkdir(parents=True, exist_ok=True)
-        arrays["tasks"] = np.array([task.name for task in self.tasks])
-        np.savez(self.folder.measurements / "routing.npz", allow_pickle=False, **arrays)
-        return measure_routing(routings)
+        if tally is None:
+            tally = RoutingTally(len(self.tasks), routers.experts)
+            for record in routers.records_of_tasks():
+                tally.add(record)
+        else:
+            tally = merge([part for part in gather(tally) if isinstance(part, RoutingTally)])
+        if self.gang.rank != 0:
+            return {}
+        names = [task.name for task in self.tasks]
+        arrays, values = tally.arrays(names), tally.measure(names)
+        folder = self.folder.measurements / "routing"
+        folder.mkdir(parents=True, exist_ok=True)
+        earlier = [file for file in sorted(folder.glob(f"{split}_*.npz")) if file.stem < f"{split}_{step:09d}"]
+        if earlier:
+            with np.load(earlier[-1], allow_pickle=False) as before:
+                values |= churn(before, arrays)
+        with atomic_file(folder / f"{split}_{step:09d}.npz", "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        return values
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.clock
@@ -311,6 +350,8 @@ class _Trial(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Put the checkpoint back (Lightning has made the optimiser by now)."""
+        frozen, others = self.config.train.freeze, list(self.module.weights.parameters())
+        check_optimiser(self.module.network, trainer.optimizers[0], frozen, others)
         if self.state is None:
             return
         self.module.network.load_state_dict(self.state["network"])
@@ -364,10 +405,12 @@ class _Trial(lightning.Callback):
             self._append(step, {f"mixture/share/{name}": share for name, share in zip(names, shares, strict=True)})
 
     def _log_scores(self, step: int) -> None:
-        evaluation = evaluate(self.module.network, self.config, self.tasks, "dev", self.gang, self.device)
+        tally = self._tally()
+        evaluation = self._evaluate("dev", tally)
+        routes = self._measure_routing(tally, "dev", step)
         flat = {f"score/dev/{t}/{m}": v for t, scores in evaluation.scores.items() for m, v in scores.items() if v is not None}
         if self.gang.rank == 0:
-            self._append(step, flat)
+            self._append(step, flat | routes)
 
     def _append(self, step: int, values: Mapping[str, float]) -> None:
         self.folder.append([{"t": int(time.time() * 1000), "step": step, "values": dict(values)}])

@@ -9,9 +9,9 @@ from torch.func import functional_call
 
 from lightning_modules.config import BackboneConfig, ModelConfig, RouterConfig, TinySizeConfig, TrialConfig
 from lightning_modules.data.batches import Batch, TaskRows
-from lightning_modules.network.dispatch import Combine, Rows
+from lightning_modules.network.dispatch import Combine
 from lightning_modules.network.model import MultiTaskNetwork, build_network
-from lightning_modules.network.routers import Routing
+from lightning_modules.network.routers.record import Routing, Rows
 from lightning_modules.network.task_heads.base import HeadSpec
 
 VOCAB = 320
@@ -30,6 +30,51 @@ LEARNED = {
     "soft": RouterConfig(init_std=1.0, selection="soft"),
     "soft_cold": RouterConfig(init_std=1.0, selection="soft", temperature=0.3),
 }
+CATALOGUE: dict[str, RouterConfig] = {
+    **LEARNED,
+    "uniform": RouterConfig(kind="uniform"),
+    "random": RouterConfig(kind="random"),
+    "random_example": RouterConfig(kind="random_example"),
+    "adamix": RouterConfig(kind="random_example", consistency=1.0),
+    "hash_token": RouterConfig(kind="hash_token"),
+    "hash_example": RouterConfig(kind="hash_example"),
+    "task_id": RouterConfig(kind="task_id"),
+    "category": RouterConfig(kind="category", experts_of={"pets": 0, "stars": 1, "names": 2, "mood": 0}),
+    "cluster": RouterConfig(kind="cluster"),
+    "task_gumbel": RouterConfig(init_std=1.0, selection="gumbel"),
+    "task_gumbel_st": RouterConfig(init_std=1.0, selection="gumbel_st"),
+    "task_gumbel_st_by_example": RouterConfig(init_std=1.0, selection="gumbel_st", draw="example"),
+    "skills": RouterConfig(init_std=1.0, selection="skills", combine="parameters"),
+    "task_dropout": RouterConfig(init_std=1.0, top_k=2, expert_dropout=0.3),
+    "lstm": RouterConfig(network="lstm", init_std=1.0),
+    "transformer": RouterConfig(network="transformer_per_layer", selection="soft", init_std=1.0),
+    "onehot": RouterConfig(network="linear", task_vectors="onehot", init_std=1.0),
+    "token_top_1": RouterConfig(kind="token", init_std=1.0),
+    "token_top_2": RouterConfig(kind="token", init_std=1.0, top_k=2),
+    "token_capacity": RouterConfig(kind="token", init_std=1.0, top_k=2, capacity=0.5, priority="confidence"),
+    "token_soft": RouterConfig(kind="token", init_std=1.0, selection="soft"),
+    "token_gumbel_st": RouterConfig(kind="token", init_std=1.0, selection="gumbel_st"),
+    "token_bias": RouterConfig(kind="token", init_std=1.0, balance="bias", score="sigmoid"),
+    "token_noisy": RouterConfig(kind="token", init_std=1.0, top_k=2, noise="gaussian", balance="cv", balance_scope="global"),
+    "token_per_task": RouterConfig(kind="token", conditioning="per_task", init_std=1.0, balance="load"),
+    "mod_squad": RouterConfig(
+        kind="token", conditioning="per_task", init_std=1.0, top_k=2, weighting="raw", mutual_information=0.1
+    ),
+    "token_additive": RouterConfig(kind="token", conditioning="additive", init_std=1.0, z_loss=0.01, entropy=0.01),
+    "token_mlp": RouterConfig(kind="token", conditioning="mlp", init_std=1.0),
+    "token_film": RouterConfig(kind="token", conditioning="film", init_std=1.0),
+    "token_hyper": RouterConfig(kind="token", conditioning="hyper", init_std=1.0),
+    "expert_choice": RouterConfig(kind="token", selection="expert_choice", init_std=1.0),
+    "task_expert_choice": RouterConfig(kind="token", selection="task_expert_choice", init_std=1.0),
+    "soft_moe": RouterConfig(kind="token", selection="slots", slots=2),
+    "example_top_1": RouterConfig(kind="example", init_std=1.0),
+    "example_per_task": RouterConfig(kind="example", conditioning="per_task", init_std=1.0, top_k=2),
+    "smear": RouterConfig(
+        kind="example", selection="soft", combine="parameters", normalise=True, expert_dropout=0.1, init_std=1.0
+    ),
+    "reinforce": RouterConfig(kind="example", selection="sampled", init_std=1.0),
+}
+"""A router of every kind, conditioning, network family and selection; all with E = 4."""
 ROUTERS = LEARNED | {"random": RouterConfig(kind="random"), "uniform": RouterConfig(kind="uniform")}
 BOTH_WAYS = {
     f"{name}-{combine}": replace(router, combine=combine)
@@ -75,6 +120,7 @@ def tiny_batch(tasks: Sequence[int], rows: int = 2, width: int = 7, heads: Seque
             (i + 1) * rows,
             labels_for(heads[task], rows, (width - 1) // 2, generator),
             torch.full((rows,), 1 / size),
+            share=1 / len(tasks),
         )
         for i, task in enumerate(tasks)
     )

@@ -33,12 +33,14 @@ from transformers.utils import logging as transformers_logging
 
 from lightning_modules.building import ConfigError
 from lightning_modules.config import BACKBONES, ENCODERS, SEQ2SEQ, BackboneConfig, RouterConfig, TinySizeConfig
-from lightning_modules.network.backbones import Backbone, load_backbone, seams_at
-from lightning_modules.network.dispatch import RoutedExperts, Rows, plan_routes
-from lightning_modules.network.experts import upcycle, widen
+from lightning_modules.network.backbones import Backbone, NotPlainError, load_backbone, seams_at
+from lightning_modules.network.dispatch import RoutedExperts
+from lightning_modules.network.experts import drawn_from, upcycle, widen
 from lightning_modules.network.layouts import LAYOUTS, layout_of
-from lightning_modules.network.routers import build_router
-from lightning_modules.network.seams import FeedForward
+from lightning_modules.network.routers.record import Rows
+from lightning_modules.network.routers.routers import Routers, Sites
+from lightning_modules.network.routers.traffic import Traffic
+from lightning_modules.network.seams import FeedForward, RowFree
 
 VOCAB, HEADS, PAD, START, END = 60, 2, 0, 2, 3
 BLOCKS = 3
@@ -185,7 +187,8 @@ def plain_names(backbone: Backbone, grads: dict[str, Tensor]) -> dict[str, Tenso
     assert layout is not None
     found: dict[str, Tensor] = {}
     for name, grad in grads.items():
-        name = name.removeprefix("model.").replace(".replacement.layer.block.", ".").replace(".layer.block.", ".")
+        name = name.removeprefix("model.").replace(".replacement.experts.0.block.", ".")
+        name = name.replace(".replacement.layer.block.", ".").replace(".layer.block.", ".")
         name = name.replace(".projection.", ".").replace(".biases.table.", ".layer.0.SelfAttention.relative_attention_bias.")
         for stack in layout.stacks:
             for part in ("up", "gate", "down"):
@@ -228,18 +231,22 @@ class Scaled(nn.Module):
 
 
 def install(backbone: Backbone, place: str, num_experts: int = 1, noise: float = 0.0) -> dict[int, Any]:
-    """Put modules at all seams of one kind that compute the same as before (``ffn``: up to the noise of its experts), and
-    return what to hand over for :data:`TASKS`."""
+    """Put modules at all seams of one kind that compute the same as before (``ffn``, ``experts``: up to the noise of
+    the experts in place of FFNs and of layers), and return what to hand over for :data:`TASKS`."""
     handed: dict[int, Any] = dict.fromkeys(range(backbone.num_blocks))
     if place == "ffn":
-        routers = {}
         for seam in backbone.seams():
-            config = RouterConfig(init_std=1.0)
             experts = [upcycle(seam.take_ffn(), noise, seed=e) for e in range(num_experts)]
-            routers[seam.block] = build_router(config, 2, num_experts, seam.block, seed=3)
-            seam.replace(RoutedExperts(experts, routers[seam.block], "outputs"))
-        handed = dict(plan_routes(routers, TASKS, torch.device("cpu")))
-    elif place == "layer":
+            seam.replace(RoutedExperts(seam.block, experts, "outputs"))
+        return handed_to(backbone, routers_of(backbone, num_experts), TASKS)
+    if place == "experts":
+        for seam in backbone.seams("layer"):
+            layers = [upcycle(seam.take_layer(), noise, seed=e) for e in range(num_experts)]
+            for e, layer in enumerate(layers):
+                layer.keep_apart(e * backbone.stack_sizes[-1])
+            seam.replace(RoutedExperts(seam.block, layers, "outputs"))
+        return handed_to(backbone, routers_of(backbone, num_experts), TASKS)
+    if place == "layer":
         for seam in backbone.seams("layer"):
             seam.replace(Same(seam.take_layer()))
     else:
@@ -248,12 +255,25 @@ def install(backbone: Backbone, place: str, num_experts: int = 1, noise: float =
     return handed
 
 
+def routers_of(backbone: Backbone, num_experts: int, **settings: Any) -> Routers:
+    """Task routers for two tasks at all blocks; they hang at the backbone, so that their gradients are found."""
+    config = RouterConfig(**{"init_std": 1.0, **settings})
+    sites = Sites(dict.fromkeys(range(backbone.num_blocks), num_experts), 16, VOCAB, 1)
+    routers = Routers(config, sites, ["a", "b"], None, seed=3)
+    backbone.add_module("routers", routers)
+    return routers
+
+
+def handed_to(backbone: Backbone, routers: Routers, rows: Rows) -> dict[int, Any]:
+    return dict.fromkeys(range(backbone.num_blocks), Traffic(routers, rows, torch.device("cpu")))
+
+
 def test_every_architecture_of_the_configuration_is_covered() -> None:
     assert {model_type for model_type, _ in VARIANTS.values()} == set(BACKBONES) == {*ENCODERS, *SEQ2SEQ}
     assert {name.removesuffix(" (gated)") for name in LAYOUTS} == set(BACKBONES)
 
 
-@pytest.mark.parametrize("place", ["none", *PLACES])
+@pytest.mark.parametrize("place", ["none", *PLACES, "experts"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_computes_the_same_at_a_seam_leaves_outputs_and_gradients_alone(
     variant: str, place: str, folders: Mapping[str, str]
@@ -394,7 +414,7 @@ def answers(backbone: Backbone, handed: Mapping[int, Any], rows: slice = slice(N
     return backbone.generate(states, MASK[rows].bool(), handed, **{"max_new_tokens": 6, **settings})
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [*PLACES, "experts"])
 @pytest.mark.parametrize("beams", [1, 4])
 @pytest.mark.parametrize("variant", DECODERS)
 def test_generation_is_transformers_own_with_and_without_a_cache(variant: str, beams: int, place: str) -> None:
@@ -420,17 +440,12 @@ def until_the_end(row: list[int]) -> list[int]:
 def test_each_rows_beams_go_through_its_own_tasks_experts(variant: str, beams: int) -> None:
     backbone = Backbone(plain_model(variant, noise=0.3)).eval()
     install(backbone, "ffn", num_experts=2, noise=1.5)
-    routers: dict[int, Any] = {seam.block: seam.get_submodule("replacement.router") for seam in backbone.seams()}
-    for router in routers.values():
-        router.logits.data = torch.tensor([[9.0, 0.0], [0.0, 9.0]])
-
-    def routes(rows: Rows, times: int) -> dict[int, Any]:
-        return dict(plan_routes(routers, tuple((t, a * times, b * times) for t, a, b in rows), torch.device("cpu")))
+    routers = opposite(backbone)
 
     def generate(rows: Rows, of: slice, use_cache: bool = True) -> list[list[int]]:
         ids, mask, segments = (each[of] for each in INPUTS)
-        states = backbone.encode(ids, mask, segments, routes(rows, 1))
-        handed = routes(rows, beams)
+        states = backbone.encode(ids, mask, segments, handed_to(backbone, routers, rows))
+        handed = handed_to(backbone, routers, tuple((t, a * beams, b * beams) for t, a, b in rows))
         found = backbone.generate(states, MASK[of], handed, beams=beams, max_new_tokens=6, use_cache=use_cache)
         return [until_the_end(row) for row in nn.functional.pad(found, (0, 6 - found.shape[1])).tolist()]
 
@@ -440,6 +455,82 @@ def test_each_rows_beams_go_through_its_own_tasks_experts(variant: str, beams: i
     assert together == apart[0] + apart[1]
     swapped = [generate(((1 - task, 0, stop - start),), slice(start, stop)) for task, start, stop in TASKS]
     assert together != swapped[0] + swapped[1]
+
+
+def opposite(backbone: Backbone) -> Routers:
+    """The routers, where task 0 takes expert 0 everywhere and task 1 expert 1."""
+    routers = cast(Routers, backbone.get_submodule("routers"))
+    for parameter in routers.parameters():
+        parameter.data = torch.tensor([[9.0, 0.0], [0.0, 9.0]])
+    return routers
+
+
+SELECTIONS: dict[str, dict[str, Any]] = {
+    "top_1": {"top_k": 1},
+    "top_2": {"top_k": 2},
+    "soft": {"selection": "soft"},
+    "merged": {"selection": "soft", "combine": "parameters"},
+}
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("variant", DECODERS)
+def test_whole_layers_generate_the_same_with_and_without_a_cache(variant: str, beams: int, selection: str) -> None:
+    model = plain_model(variant, noise=0.3)
+    for name, parameter in model.named_parameters():
+        # Otherwise BART would say the same token again and again, whatever its layers see.
+        parameter.data.mul_(8 if "embed_positions" in name else "norm.bias" not in name)
+    backbone = Backbone(model).eval()
+    install(backbone, "experts", num_experts=3, noise=0.35 if variant == "bart" else 0.5)
+    for seam in backbone.seams("layer"):
+        cast(RoutedExperts, seam.replacement).combine = SELECTIONS[selection].get("combine", "outputs")
+    routers = routers_of(backbone, 3, **SELECTIONS[selection])
+    chosen = [routing.chosen for routing in routers.of_tasks(torch.arange(2)).values()]
+    assert any((block != 0).any() for block in chosen), "another expert than the first is chosen somewhere"
+    answers_of: list[list[int]] = []
+    for task in (0, 1):
+        states = backbone.encode(*INPUTS, handed_to(backbone, routers, ((task, 0, 4),)))
+        handed = handed_to(backbone, routers, ((task, 0, 4 * beams),))
+        found = [
+            backbone.generate(states, MASK, handed, beams=beams, max_new_tokens=9, length_penalty=0.7, use_cache=use_cache)
+            for use_cache in (True, False)
+        ]
+        assert torch.equal(*found)
+        answers_of += [until_the_end(row) for row in found[0].tolist()]
+        if beams == 1:
+            forced = backbone.decode(states, MASK, found[0], handed).argmax(-1)
+            assert [until_the_end(row) for row in forced.tolist()] == answers_of[-4:]
+    assert len(set(map(tuple, answers_of))) > 2
+
+
+def test_the_rows_of_several_tasks_can_not_keep_the_keys_of_whole_layers() -> None:
+    backbone = Backbone(plain_model("bart")).eval()
+    handed = install(backbone, "experts", num_experts=2)
+    opposite(backbone)
+    handed = handed_to(backbone, cast(Routers, backbone.get_submodule("routers")), TASKS)
+    with pytest.raises(RuntimeError, match="computes 2 of 4 rows"):
+        answers(backbone, handed, beams=1)
+    expected = answers(backbone, handed, beams=1, use_cache=False)
+    for seam in backbone.seams("layer"):
+        seam.caches = False
+    assert torch.equal(answers(backbone, handed, beams=1), expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_row_of_a_mixed_batch_goes_through_its_own_tasks_layers(variant: str) -> None:
+    backbone = Backbone(plain_model(variant)).eval()
+    install(backbone, "experts", num_experts=2, noise=1.0)
+    routers = opposite(backbone)
+    together, _ = seam_loss(backbone, handed_to(backbone, routers, TASKS))
+    for task, start, stop in TASKS:
+        alone, _ = seam_loss(backbone, handed_to(backbone, routers, ((task, 0, 4),)))
+        other, _ = seam_loss(backbone, handed_to(backbone, routers, ((1 - task, 0, 4),)))
+        of_rows = [(mask.sum(1).cumsum(0)).tolist() for mask in (MASK.bool(), TARGETS >= 0)]
+        for mixed, own, foreign, ends in zip(together, alone, other, of_rows, strict=False):
+            of = slice(([0, *ends])[start], ends[stop - 1])
+            torch.testing.assert_close(mixed[of], own[of], atol=1e-5, rtol=1e-5)
+            assert (mixed[of] - foreign[of]).abs().max() > 1e-3
 
 
 def test_what_a_folder_says_about_generation_does_not_leak_in_and_nothing_is_said(
@@ -525,7 +616,7 @@ def test_blocks_are_not_left_out_at_random(tmp_path: Path) -> None:
     torch.testing.assert_close(backbone.encode(*INPUTS, {}), backbone.encode(*INPUTS, {}), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("place", ["ffn", "layer", "attention_output"])
+@pytest.mark.parametrize("place", ["ffn", "layer", "experts", "attention_output"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradient_checkpointing_gives_the_same_loss_and_gradients(variant: str, place: str, folders: Mapping[str, str]) -> None:
     results, calls = [], []
@@ -534,13 +625,14 @@ def test_gradient_checkpointing_gives_the_same_loss_and_gradients(variant: str, 
         handed = install(backbone, place, num_experts=2, noise=0.5)
         calls.append(0)
         for module in backbone.modules():
-            if isinstance(module, (RoutedExperts, Gate)) or (place == "layer" and isinstance(module, FeedForward)):
+            if isinstance(module, Gate) or isinstance(module, RoutedExperts if place == "ffn" else FeedForward):
                 module.register_forward_pre_hook(lambda *_: calls.append(calls.pop() + 1))
         torch.manual_seed(7)
         results.append(seam_loss(backbone, handed))
     torch.testing.assert_close(results[1], results[0], atol=1e-6, rtol=1e-5)
-    assert place != "ffn" or any("router" in name and grad.abs().sum() > 0 for name, grad in results[1][1].items())
-    assert calls == [backbone.num_blocks, 2 * backbone.num_blocks]  # pyright: ignore[reportPossiblyUnbound]
+    routed = place in ("ffn", "experts")
+    assert not routed or any("router" in name and grad.abs().sum() > 0 for name, grad in results[1][1].items())
+    assert calls[1] == 2 * calls[0] > 0
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -571,23 +663,28 @@ def test_checkpointing_a_frozen_backbone_asks_for_no_gradients() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("place", ["ffn", "experts"])
 @pytest.mark.parametrize("variant", ["bert", "bart"])
-def test_compiled_blocks_compute_the_same(variant: str, folders: Mapping[str, str]) -> None:
+def test_compiled_blocks_compute_the_same(variant: str, place: str, folders: Mapping[str, str]) -> None:
     plain, compiled = loaded(folders[variant]), loaded(folders[variant])
-    handed = [install(backbone, "ffn", num_experts=2, noise=0.5) for backbone in (plain, compiled)]
+    handed = [install(backbone, place, num_experts=2, noise=0.5) for backbone in (plain, compiled)]
     compiled.compile_blocks()
     counters.clear()
     expected, found = seam_loss(plain, handed[0]), seam_loss(compiled, handed[1])
     graphs = counters["stats"]["unique_graphs"]
     assert 0 < graphs <= 9, "all blocks of a stack share their graphs"
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    ids, mask, segments = (each[:2, :5] for each in INPUTS)
-    routes = [{block: replace(route, rows=((1, 0, 1), (0, 1, 2))) for block, route in each.items()} for each in handed]
+    ids, mask, segments = (each[: 4 if place == "experts" else 2, :5] for each in INPUTS)
+    both = [(each, cast(Routers, each.get_submodule("routers"))) for each in (plain, compiled)]
+    # Whole blocks are compiled once more for a single row, and for a whole batch instead of a part of one.
+    rows: Rows = TASKS if place == "experts" else ((1, 0, 1), (0, 1, 2))
+    routes = [handed_to(each, routers, rows) for each, routers in both]
     states = [each.encode(ids, mask, segments, handed) for each, handed in zip((plain, compiled), routes, strict=True)]
     torch.testing.assert_close(states[1], states[0], atol=1e-5, rtol=1e-4)
     assert counters["stats"]["unique_graphs"] == graphs, "other shapes and routes compile nothing again"
     if plain.is_seq2seq:
-        assert torch.equal(answers(compiled, handed[1], beams=1), answers(plain, handed[0], beams=1))
+        whole = [handed_to(each, routers, ((1, 0, 4),)) for each, routers in both]
+        assert torch.equal(answers(compiled, whole[1], beams=1), answers(plain, whole[0], beams=1))
     assert list(compiled.state_dict()) == list(plain.state_dict())
 
 
@@ -708,6 +805,111 @@ def test_layers_beyond_the_last_block_are_refused() -> None:
     assert list(seams_at(backbone, ())) == [0, 1, 2, 3] and list(seams_at(backbone, (3, 1))) == [1, 3]
     with pytest.raises(ConfigError, match=r"model\.layers: must be below the backbone's 4 blocks, got \[4\]"):
         seams_at(backbone, (4,))
+
+
+def test_layers_by_name_count_in_each_stack() -> None:
+    backbone = load_backbone(replace(TINY, name="tiny-t5", size=replace(TINY.size, num_layers=3)), None, seed=0)
+    assert backbone.stack_sizes == (3, 3)
+    assert list(seams_at(backbone, "every_other")) == [1, 4]
+    assert list(seams_at(backbone, "last:2", "layer")) == [1, 2, 4, 5]
+    with pytest.raises(ConfigError, match=r"model\.layers: must be at most the 3 blocks of a stack, got 'last:4'"):
+        seams_at(backbone, "last:4")
+
+
+def test_what_has_no_rows_is_marked_for_those_who_slice_rows() -> None:
+    marked: dict[str, set[str]] = {}
+
+    class Spy(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, hidden: Tensor, handed: Any, *args: Any, **kwargs: Any) -> Tensor:
+            named = {str(place): value for place, value in enumerate(args)} | kwargs
+            free = {name for name, value in named.items() if isinstance(value, RowFree)}
+            marked.setdefault(handed, set()).update(free)
+            rows = [v for name, v in named.items() if isinstance(v, Tensor)]
+            assert all(len(value) == len(hidden) for value in rows), "the rest goes row by row"
+            return self.layer(hidden, *args, **kwargs)
+
+    for variant in VARIANTS:
+        backbone = Backbone(plain_model(variant)).eval()
+        for seam in backbone.seams("layer"):
+            seam.replace(Spy(seam.take_layer()))
+        seam_loss(backbone, dict.fromkeys(range(backbone.num_blocks), variant))
+        if backbone.is_seq2seq:
+            answers(backbone, dict.fromkeys(range(backbone.num_blocks), variant), beams=2)
+    free = {"deberta": {"relative_pos", "rel_embeddings"}, "modernbert": {"position_embeddings"}}
+    free |= {"t5": {"1", "past_key_values"}, "bart": {"past_key_values"}}
+    for variant, names in marked.items():
+        assert names == free.get(variant.split("-")[0], set()), variant
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_fresh_block_is_one_of_the_architectures_own(variant: str) -> None:
+    backbone = Backbone(plain_model(variant, noise=0.0, tie_word_embeddings=True)).eval()
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    for number, seam in enumerate(backbone.seams()):
+        own = backbone._blocks[number].original
+        assert own is not None
+        with drawn_from(number):
+            fresh = backbone.fresh_layer(number).block
+        with drawn_from(number):
+            assert torch.equal(
+                backbone.fresh_ffn(number).up.weight, fresh.get_parameter(f"{seam_path(seam, own)}.ffn.up.weight")
+            )
+        own_parameters = {name: p for name, p in own.named_parameters() if "relative" not in name}
+        assert [name for name, _ in fresh.named_parameters()] == list(own_parameters)
+        for name, parameter in fresh.named_parameters():
+            was = own_parameters[name]
+            assert parameter.shape == was.shape and parameter.requires_grad
+            constant = bool((was == was.flatten()[0]).all())
+            assert torch.equal(parameter, was) if constant else 0.6 < (parameter.std() / was.std()).item() < 1.6, name
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def seam_path(seam: nn.Module, block: nn.Module) -> str:
+    return next(name for name, module in block.named_modules() if module is seam)
+
+
+@pytest.mark.parametrize("place", ["ffn", "layer", "attention_output"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_plain_model_comes_back_out_of_the_seams(variant: str, place: str) -> None:
+    model = plain_model(variant)
+    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
+    before, _ = plain_loss(copy.deepcopy(model))
+    backbone = Backbone(model)
+    backbone.seams(cast(Any, place))
+    plain = backbone.plain()
+    assert list(plain.state_dict()) == list(expected)
+    assert all(torch.equal(weight, expected[name]) for name, weight in plain.state_dict().items())
+    after, _ = plain_loss(plain)
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+    assert {p.data_ptr() for p in plain.parameters()}.isdisjoint(p.data_ptr() for p in backbone.parameters())
+
+
+def test_a_widened_backbone_is_plain_if_its_configuration_can_say_so() -> None:
+    for variant in VARIANTS:
+        backbone = Backbone(plain_model(variant)).eval()
+        expected, _ = seam_loss(backbone, {})
+        seams = backbone.seams()
+        for seam in seams:
+            ffn = seam.take_ffn()
+            ffn.up, ffn.gate, ffn.down = widen(ffn.up, ffn.gate, ffn.down, 2, 0.0, seed=0)
+        torch.testing.assert_close(plain_loss(backbone.plain())[0], expected, atol=1e-5, rtol=1e-5)
+        ffn = seams[0].take_ffn()
+        ffn.up, ffn.gate, ffn.down = widen(ffn.up, ffn.gate, ffn.down, 2, 0.0, seed=0)
+        with pytest.raises(NotPlainError, match=r"has one \w+ for all blocks, but here block 0: 128, block 1: 64"):
+            backbone.plain()
+
+
+@pytest.mark.parametrize("place", ["ffn", "experts", "layer", "attention_output"])
+def test_what_no_plain_model_has_is_named(place: str) -> None:
+    backbone = Backbone(plain_model("bart"))
+    install(backbone, place, num_experts=2)
+    with pytest.raises(NotPlainError, match=r"layers\.0\S* holds what no plain bart has"):
+        backbone.plain()
 
 
 def test_an_unknown_architecture_names_the_supported_ones(tmp_path: Path) -> None:

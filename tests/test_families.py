@@ -89,7 +89,7 @@ def test_learned_routers_get_a_gradient(name: str) -> None:
     network = tiny_network(ROUTED[name])
     shake(network)
     losses(network, tiny_batch([1])).sum().backward()
-    logits = [p for key, p in network.named_parameters() if "router" in key]
+    logits = [p for key, p in network.named_parameters() if key.startswith("routers.")]
     assert len(logits) == 2
     for parameter in logits:
         assert parameter.grad is not None
@@ -98,7 +98,7 @@ def test_learned_routers_get_a_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("name", FIXED)
 def test_fixed_routers_have_nothing_to_learn(name: str) -> None:
-    assert not [key for key, _ in tiny_network(ROUTED[name]).named_parameters() if "router" in key]
+    assert not [key for key, _ in tiny_network(ROUTED[name]).named_parameters() if key.startswith("routers.")]
 
 
 @pytest.mark.parametrize("name", ROUTED)
@@ -107,7 +107,8 @@ def test_one_tasks_batch_trains_its_experts_and_its_head_only(name: str) -> None
     shake(network)
     losses(network, tiny_batch([2])).sum().backward()
     idle = {f"heads.{i}." for i in (0, 1, 3)}
-    for layer, routing in network.route(torch.tensor([2])).items():
+    assert network.routers is not None
+    for layer, routing in network.routers.of_tasks(torch.tensor([2])).items():
         for e in set(range(4)) - set(routing.chosen[0].tolist()):
             idle.add(f"layer.{layer}.intermediate.{'replacement' if 'task' in name else 'follower'}.experts.{e}.")
     expected = {key for key, _ in network.named_parameters() if not any(part in key for part in idle)}
@@ -151,11 +152,11 @@ def test_a_saved_network_comes_back(model: ModelConfig) -> None:
 @pytest.mark.parametrize("name", ROUTED)
 def test_only_chosen_layers_are_routed(name: str) -> None:
     network = tiny_network(replace(ROUTED[name], layers=(1,)))
-    assert list(network.route(torch.arange(4))) == [1]
+    assert network.routers is not None and list(network.routers.of_tasks(torch.arange(4))) == [1]
 
 
 def test_dense_routes_nothing() -> None:
-    assert tiny_network(DenseConfig()).route(torch.arange(4)) == {}
+    assert tiny_network(DenseConfig()).routers is None
 
 
 @pytest.mark.parametrize("name", ROUTED)

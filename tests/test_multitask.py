@@ -77,10 +77,9 @@ def test_experts_that_no_task_uses_stand_still(make_trial: Make, prepared: Path,
     before = new_module(config, prepared).network.state_dict()
     trial = train(config, prepared, tmp_path)
     state = torch.load(sorted(trial.checkpoints.iterdir())[-1], weights_only=True)["network"]
-    used = {
-        layer: set(module.router(torch.arange(3)).chosen.flatten().tolist())
-        for layer, module in new_module(config, prepared).network.routed().items()
-    }
+    routers = new_module(config, prepared).network.routers
+    assert routers is not None
+    used = {block: set(r.chosen.flatten().tolist()) for block, r in routers.of_tasks(torch.arange(3)).items()}
     moved = {True: 0, False: 0}
     for name, weight in state.items():
         if ".experts." not in name:

@@ -138,11 +138,11 @@ def other_values(annotation: Any, value: Any) -> Iterator[Any]:
         options = get_args(annotation) if get_origin(annotation) is Literal else (f"{value}x",)
         yield from (option for option in options if option != value)
     elif isinstance(value, (tuple, list)):
-        yield from ([0], ["c"], ["a"])
+        yield from ([0], ["c"], ["a"], ["heads"])
     elif isinstance(value, Mapping):
-        yield from ({"a": 1}, {"a": "00cc"})
+        yield from ({"a": 1}, {"a": "00cc"}, {"train.steps": 9})
     else:
-        yield from (3, 0.3, 64, "0" * 40)
+        yield from (3, 0.3, 64, "0" * 40, True)
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -157,22 +157,63 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield f"{prefix}{f.name}", literal, value
 
 
-def changed(config: TrialConfig, key: str, value: Any) -> TrialConfig:
+NEEDS: dict[str, dict[str, Any]] = {
+    "mixture.cap": {"mixture.sampling": "capped"},
+    "mixture.max_epochs": {"mixture.sampling": "unimax"},
+    "mixture.weights": {"mixture.sampling": "weights"},
+    "mixture.adapt_every": {"mixture.sampling": "adaptive"},
+    "data.draw": {"data.few_shot": 4},
+    "start.trial": {"start.load": ["backbone"]},
+    "start.changes": {"start.load": ["backbone"]},
+    **{
+        f"model.router.{name}": {f"model.router.{key}": value for key, value in needed.items()}
+        for names, needed in {
+            "conditioning noise normalise": {"kind": "example"},
+            "noise_scale": {"kind": "example", "noise": "jitter"},
+            "task_vectors task_vector_size train_task_vectors": {"network": "linear"},
+            "hidden_size": {"network": "linear"},
+            "descriptions": {"network": "linear", "task_vectors": "description"},
+            "draw": {"selection": "gumbel_st"},
+            "weighting score": {"selection": "top_k"},
+            "top_k": {"selection": "top_k"},
+            "capacity": {"kind": "token", "selection": "top_k"},
+            "priority": {"kind": "token", "selection": "top_k", "capacity": 1.5},
+            "slots": {"kind": "token", "selection": "slots"},
+            "experts_of": {"kind": "task_id", "selection": "top_k"},
+            "balance_weight": {"balance": "load"},
+            "balance_scope balance_window": {"kind": "example", "balance": "load"},
+            "bias_rate": {"kind": "example", "selection": "top_k", "balance": "bias"},
+            "policy policy_entropy value": {"kind": "example", "selection": "sampled"},
+            "consistency": {"kind": "random_example", "selection": "top_k"},
+            "donors": {"unseen": "nearest_category"},
+            "temperature_decay": {"temperature_min": 0.1},
+            "combine": {"selection": "soft"},
+        }.items()
+        for name in names.split()
+    },
+}
+"""Setting -> what must be set for it to be allowed."""
+
+
+def with_settings(config: TrialConfig, settings: Mapping[str, Any]) -> TrialConfig:
     plain = to_plain(config)
-    *outer, last = key.split(".")
-    target = plain
-    for part in outer:
-        target = target[part]
-    target[last] = value
-    needs: dict[str, dict[str, Any]] = {
-        "mixture.cap": {"sampling": "capped"},
-        "mixture.max_epochs": {"sampling": "unimax"},
-        "mixture.weights": {"sampling": "weights"},
-        "mixture.adapt_every": {"sampling": "adaptive"},
-        "data.draw": {"few_shot": 4},
-    }
-    target.update(needs.get(key, {}))
+    for key, value in settings.items():
+        *outer, last = key.split(".")
+        target = plain
+        for part in outer:
+            target = target[part]
+        target[last] = value
     return build(TrialConfig, plain, "trial")
+
+
+def changed(config: TrialConfig, key: str, value: Any) -> tuple[TrialConfig, TrialConfig]:
+    """The trial with another value, and the same without it (or the base, where that is not allowed)."""
+    needs = NEEDS.get(key, {})
+    other = with_settings(config, {**needs, key: value})
+    try:
+        return other, with_settings(config, needs)
+    except ValueError:
+        return other, config
 
 
 @pytest.mark.parametrize(
@@ -192,17 +233,19 @@ def test_every_setting_is_part_of_the_id_unless_it_is_listed(base: TrialConfig) 
             continue
         if base.backbone.name == "tiny-encoder" and key in ("backbone.revision", "backbone.name"):
             continue
-        other = None
+        found = None
         for candidate in other_values(annotation, value):
             try:
-                other = changed(base, key, candidate)
+                found = changed(base, key, candidate)
                 break
             except ValueError:
                 continue
-        assert other is not None, f"no other value was found for {key}; extend other_values"
+        assert found is not None, f"no other value was found for {key}; extend other_values"
+        other, reference = found
         if key in NOT_IN_IDENTITY:
-            assert other.trial_id == base.trial_id, key
+            assert other.trial_id == reference.trial_id, key
         else:
+            assert other.trial_id != reference.trial_id, key
             assert other.trial_id not in seen, f"{key} and {seen[other.trial_id]}"
             seen[other.trial_id] = key
 

@@ -1,8 +1,7 @@
-"""Every router keeps the record's laws, and the routing measurements their definitions."""
+"""Every router keeps the record's laws."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from helpers import LEARNED, ROUTERS
@@ -138,43 +137,3 @@ def test_one_task_has_no_mutual_information() -> None:
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-7)
     assert all(p.grad is not None and p.grad.abs().max() < 1e-7 for p in router.parameters())
-
-
-SPECIALISTS, UNIFORM = np.eye(4), np.full((4, 4), 0.25)
-COLLAPSED = np.zeros((4, 4))
-COLLAPSED[:, 0] = 1
-
-
-@pytest.mark.parametrize(
-    "table, expected",
-    [
-        (SPECIALISTS, {"entropy": 0, "nmi": 1, "dead_experts": 0, "max_violation": 0, "effective_experts": 4}),
-        (UNIFORM, {"entropy": 1, "nmi": 0, "dead_experts": 0, "max_violation": 0, "effective_experts": 4}),
-        (COLLAPSED, {"entropy": 0, "nmi": 0, "dead_experts": 3, "max_violation": 3, "effective_experts": 1}),
-        (np.ones((3, 1)), {"entropy": 0, "nmi": 0, "dead_experts": 0, "max_violation": 0, "effective_experts": 1}),
-    ],
-    ids=["specialists", "uniform", "collapsed", "one_expert"],
-)
-def test_measurements_of_known_tables(table: np.ndarray, expected: dict[str, float]) -> None:
-    values = measure.measure_table(table)
-    assert {name: values[name] for name in expected} == pytest.approx(expected, abs=1e-12)
-    assert sum(value for name, value in values.items() if name.startswith("utilisation_")) == pytest.approx(1)
-
-
-@pytest.mark.parametrize("share, dead", [(0.0024, 1), (0.0026, 0)])
-def test_an_expert_is_dead_below_a_hundredth_of_an_equal_share(share: float, dead: int) -> None:
-    row = np.array([share, 0.4, 0.3, 0.3 - share])
-    assert measure.dead_experts(np.stack([row, row])) == dead
-
-
-@pytest.mark.parametrize("name", ROUTERS)
-def test_measurements_stay_in_their_ranges_for_every_router(name: str) -> None:
-    values = measure.measure_routing({layer: route(ROUTERS[name], layer=layer) for layer in (0, 2)})
-    for layer in (0, 2):
-        assert 0 <= values[f"route/{layer}/entropy"] <= 1 + 1e-9 and 0 <= values[f"route/{layer}/nmi"] <= 1
-        assert 1 <= values[f"route/{layer}/effective_experts"] <= EXPERTS + 1e-9
-    assert values["route/nmi"] == pytest.approx((values["route/0/nmi"] + values["route/2/nmi"]) / 2)
-
-
-def test_a_dense_network_has_no_routing_measurements() -> None:
-    assert measure.measure_routing({}) == {}

@@ -13,6 +13,7 @@ HEAVY = {"torch", "lightning", "transformers", "ray", "mlflow", "datasets", "tok
 LIGHT = {
     "lightning_modules/building.py",
     "lightning_modules/config.py",
+    "lightning_modules/router_config.py",
     "lightning_modules/seeds.py",
     "lightning_modules/data/tasks.py",
     "lightning_modules/data/catalogues.py",
@@ -28,6 +29,8 @@ LIGHT = {
     "pipelines/axes.py",
     "pipelines/plan.py",
     "pipelines/resolve.py",
+    "pipelines/architecture.py",
+    "pipelines/routing_laws.py",
     "pipelines/baselines.py",
     "pipelines/cost.py",
     "pipelines/store.py",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_modules.config import BUILT_IN, to_plain
 from lightning_modules.data.tasks import load_catalogues, select
@@ -66,7 +67,9 @@ def test_it_plans_and_every_model_can_be_built(file: Path, tmp_path: Path) -> No
             for spec, kind in zip(specs, kinds, strict=True)
         ]
         vocabulary = 4000 if config.backbone.built_in else None
-        assert len(build_network(config, heads, vocabulary).heads) == sum(kind != "text2text" for kind in kinds)
+        router = getattr(config.model, "router", None)
+        vectors = torch.randn(len(heads), 6) if router is not None and router.computed_vectors else None
+        assert len(build_network(config, heads, vocabulary, vectors).heads) == sum(kind != "text2text" for kind in kinds)
 
 
 def test_the_options_are_the_documented_ones() -> None:

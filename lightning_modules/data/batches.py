@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_modules.config import TrialConfig
 from lightning_modules.data.mixtures import Schedule, subset
-from lightning_modules.data.prepared import TaskData
+from lightning_modules.data.prepared import TaskData, Windows
 from lightning_modules.data.splits import few_shot
 from lightning_modules.data.tasks import Split
 
@@ -44,6 +44,10 @@ class TaskRows:
     last: int = -1
     options: Tensor | None = None
     """(n,) int64, the number of sequences of each example; None: one."""
+    owner: Tensor | None = None
+    """(stop - start,) int64, the example that each row belongs to, counted from the part's first; None: row i is example i."""
+    share: float = 1.0
+    """Sum of ``weights``, known to the host."""
 
     @property
     def sequences(self) -> slice:
@@ -128,6 +132,8 @@ def collate(parts: Sequence[Part]) -> Batch:
                 first=first if several else -1,
                 last=last if several else -1,
                 options=None if of_part.options is None else torch.from_numpy(of_part.options),
+                owner=_owners(of_part, n) if several or of_part.options is not None else None,
+                share=float(weights.sum(dtype=np.float64)),
             )
         )
         start, first = stop, last
@@ -138,6 +144,13 @@ def collate(parts: Sequence[Part]) -> Batch:
     counts = [n for part in windows for n in part.rows_per_sequence]
     stitch, starts = _stitch(counts, [row.keep for row in rows], width)
     return replace(batch, stitch=torch.from_numpy(stitch), starts=torch.from_numpy(starts))
+
+
+def _owners(windows: Windows, examples: int) -> Tensor:
+    """(rows,) the example that each row belongs to."""
+    options = np.ones(examples, dtype=np.int64) if windows.options is None else windows.options
+    of_sequences = np.repeat(np.arange(examples), options)
+    return torch.from_numpy(np.repeat(of_sequences, windows.rows_per_sequence))
 
 
 def _stitch(counts: Sequence[int], keep: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -213,6 +226,12 @@ class StepBatches:
     def tasks_of(self, step: int) -> list[int]:
         """The numbers, ascending, of the tasks that the step holds over all ranks."""
         return sorted({self.trained[group.task] for group in self.schedule.groups(step)})
+
+    def totals(self, step: int) -> list[float]:
+        """The weight of each of the T tasks in the step's loss, over all ranks; they sum to 1."""
+        groups = self.schedule.groups(step)
+        counts = np.bincount([self.trained[group.task] for group in groups], minlength=len(self.tasks))
+        return (counts / len(groups)).tolist()
 
     def batches(self, step: int) -> list[Batch]:
         """The step's forwards, in order: one per group (``single_task``) or one for all (``mixed``). A rank for which a group

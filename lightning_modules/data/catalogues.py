@@ -16,12 +16,12 @@ from lightning_modules.data.sources import placeholders
 
 ENTRY_KEYS = (
     "name", "kind", "type", "category", "metric", "labels", "files", "hub", "planted", "format", "columns", "splits", "prompt",
-    "answers", "low_resource", "where",
+    "answers", "low_resource", "where", "description",
 )  # fmt: skip
 """What is read of a catalogue's entry."""
 
 NOTES = (
-    "licence", "license", "source", "redistribution", "notes", "note", "description", "homepage", "citation", "url", "counts",
+    "licence", "license", "source", "redistribution", "notes", "note", "homepage", "citation", "url", "counts",
     "split_policy", "tag_vocabulary", "test_tag_coverage", "constituents", "label_range",
 )  # fmt: skip
 """Keys of an entry that say something to people. Any other key is not read either, but the plan warns of it."""
@@ -29,7 +29,7 @@ NOTES = (
 _TYPES = {"parsing": "dependency"}
 _FORMS: dict[str, type] = {
     "labels": list, "files": dict, "planted": dict, "format": str, "columns": dict, "splits": dict, "prompt": str,
-    "answers": dict, "where": dict,
+    "answers": dict, "where": dict, "description": str,
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ folder, relative to the catalogue, that relative file paths start from. An entry
       where: {language: en}            # only rows whose column has this value (or one of a list)
       splits: {dev: {from: train, share: 0.1}, test: validation}    # ours -> the source's; a share is carved by content
       prompt: "sst2 sentence: {text}"  # the input where the task is posed as text to text
+      description: Is a sentence from a film review positive or negative?    # for routers that read descriptions
 
 The fields of each kind are in :mod:`lightning_modules.data.forms`, the file formats in :mod:`lightning_modules.data.sources`.
 """
@@ -99,6 +100,9 @@ class TaskSpec:
     """Template of the input in text2text form; "": the one of the kind."""
     answers: Mapping[str, Any] = field(default_factory=dict)
     """Answers in text2text form: label -> text where it is not the label, or (regression) ``decimals``."""
+    description: str = ""
+    """What the task asks, in words, for routers that read it (``router.task_vectors: description``). Not part of the digest: a
+    trial that reads it has it in its settings."""
     native: "TaskSpec | None" = None
     """The task that this one poses as text2text, see :func:`lightning_modules.data.posing.pose`."""
     ignored: tuple[str, ...] = ()
@@ -226,6 +230,7 @@ def _read_entry(entry: catalogues.Entry, shown: str) -> TaskSpec:
         low_resource=values.get("low_resource"),
         prompt=values.get("prompt") or "",
         answers=values.get("answers") or {},
+        description=" ".join((values.get("description") or "").split()),
         ignored=tuple(key for key in map(str, values) if key not in (*catalogues.ENTRY_KEYS, *catalogues.NOTES)),
         catalogue=shown,
     )

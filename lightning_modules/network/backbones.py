@@ -5,6 +5,8 @@ Legend: B rows of the batch, n examples, S positions, T target positions, V voca
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
     BertConfig,
+    DynamicCache,
+    EncoderDecoderCache,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -30,11 +34,13 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from lightning_modules.building import ConfigError, require
-from lightning_modules.config import BACKBONES, BackboneConfig
+from lightning_modules.config import BACKBONES, BackboneConfig, chosen_blocks
 from lightning_modules.network.layouts import Layout, Stack, layout_of, length_limit
 from lightning_modules.network.seams import (
     ContextSeam,
+    FeedForward,
     Handover,
+    Layer,
     LayerSeam,
     Seam,
     open_context,
@@ -66,7 +72,8 @@ class Backbone(nn.Module):
             for i in range(len(part(model, stack.blocks)))
         ]
         self.num_blocks = len(self._blocks)
-        self.num_encoder_blocks = sum(block.stack is self._layout.stacks[0] for block in self._blocks)
+        self.stack_sizes = tuple(len(part(model, stack.blocks)) for stack in self._layout.stacks)
+        self.num_encoder_blocks = self.stack_sizes[0]
         self.seams()
         if self.is_seq2seq:
             # What a folder says about beams, lengths or forced tokens would mix with the trial's own settings.
@@ -98,6 +105,34 @@ class Backbone(nn.Module):
                 num_heads = getattr(self.model.config, block.stack.heads)
                 found.append(open_context(number, block.original, path, num_heads, self._handover))
         return found
+
+    def fresh_layer(self, number: int) -> Layer:
+        """A block like block ``number`` with weights as the architecture draws them, from the global random numbers; its FFN
+        is at a seam, as in every block here.
+
+        Raises:
+            RuntimeError: block ``number`` has been replaced already.
+        """
+        block = self._blocks[number]
+        original = block.original
+        if original is None:
+            raise RuntimeError(f"block {number} has been replaced already")
+        owner, _, _ = block.stack.blocks.rpartition(".")
+        config = getattr(part(self.model, owner) if owner else self.model, "config", self.model.config)
+        place = {"layer_idx": block.index} if "layer_idx" in inspect.signature(type(original)).parameters else {}
+        fresh: Any = type(original)(config, **place)
+        # Children first, as the architecture's rules expect: a whole FFN's come after those of a linear layer.
+        fresh.apply(self.model._init_weights)
+        for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+            if hasattr(original, name):
+                setattr(fresh, name, getattr(original, name))
+        open_ffn(number, fresh, block.stack.ffn, self._handover)
+        return Layer(fresh.train(original.training))
+
+    def fresh_ffn(self, number: int) -> FeedForward:
+        """The FFN of a :meth:`fresh_layer`."""
+        fresh = self.fresh_layer(number).block
+        return open_ffn(number, fresh, self._blocks[number].stack.ffn, self._handover).take_ffn()
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, handed: Mapping[int, Any]) -> Tensor:
         """(B, S) ids, mask and segment numbers (unused by architectures without them) -> (B, S, d), the encoder's states.
@@ -142,13 +177,16 @@ class Backbone(nn.Module):
 
         Beam search (1: greedy) without any other rule: no forced tokens (BART's first ``<s>`` is a target token that is
         learned), no smallest length, no banned repetitions, whatever the model's folder asks for. ``handed`` is for the
-        decoder's blocks and n * ``beams`` rows, each example's beams side by side. Nothing is sampled.
+        decoder's blocks and n * ``beams`` rows, each example's beams side by side. Nothing is sampled. ``use_cache``: keep keys
+        and values, unless a layer seam's module can not.
 
         Raises:
             RuntimeError: the backbone is in training mode, where dropout would change the answers.
         """
         if self.training:
             raise RuntimeError("generate needs the backbone in evaluation mode: call eval() first")
+        use_cache = use_cache and all(block.now.caches for block in self._blocks if isinstance(block.now, LayerSeam))
+        cache = {"past_key_values": EncoderDecoderCache(_Places(self.stack_sizes[-1]), DynamicCache())} if use_cache else {}
         rules = GenerationConfig(
             num_beams=beams,
             max_new_tokens=max_new_tokens,
@@ -161,11 +199,63 @@ class Backbone(nn.Module):
                 encoder_outputs=BaseModelOutput(last_hidden_state=cast(Any, states)),
                 attention_mask=mask,
                 generation_config=rules,
+                **cache,
             )[:, 1:]
         # transformers pads with end tokens where the padding id is 0.
         special = _special_ids(self.model.config)
         ends = torch.isin(ids, torch.tensor(special["eos_token_id"], device=ids.device))
         return ids.masked_fill(ends.cumsum(1) - ends.int() > 0, special["pad_token_id"])
+
+    def plain(self) -> PreTrainedModel:
+        """A model of transformers without seams that computes the same, in evaluation mode. Its configuration is the backbone's
+        with the inner width that the FFNs have now.
+
+        Raises:
+            NotPlainError: a seam holds a family's module, or FFNs of one stack have several widths.
+        """
+        self._check_plain()
+        architecture = copy.deepcopy(self.model.config)
+        architecture.use_cache = True
+        for setting, widths in self._ffn_widths().items():
+            if len(set(widths.values())) > 1:
+                listed = ", ".join(f"block {number}: {width}" for number, width in widths.items())
+                raise NotPlainError(f"a plain {architecture.model_type} has one {setting} for all blocks, but here {listed}")
+            setattr(architecture, setting, next(iter(widths.values())))
+        with torch.random.fork_rng(devices=[]):
+            model = _class_for(architecture).from_config(
+                architecture, dtype=torch.float32, attn_implementation=self._layout.attention, **self._layout.load
+            )
+        model.load_state_dict(self._plain_weights())
+        if self.is_seq2seq:
+            model.generation_config = copy.deepcopy(self.model.generation_config)
+        return model.eval()
+
+    def _check_plain(self) -> None:
+        for name, module in self.model.named_modules():
+            held = [getattr(module, where, None) for where in ("replacement", "follower", "inserted")]
+            if isinstance(module, (Seam, LayerSeam, ContextSeam)) and any(each is not None for each in held):
+                raise NotPlainError(f"{name} holds what no plain {self.model.config.model_type} has")
+
+    def _ffn_widths(self) -> dict[str, dict[int, int]]:
+        """Setting -> block number -> inner width."""
+        widths: dict[str, dict[int, int]] = {}
+        for seam in self.seams():
+            setting = self._blocks[seam.block].stack.ffn_width
+            widths.setdefault(setting, {})[seam.block] = seam.take_ffn().up.out_features
+        return widths
+
+    def _plain_weights(self) -> dict[str, Tensor]:
+        """The weights by the plain model's names."""
+        found: dict[str, Tensor] = {}
+        for name, weight in self.model.state_dict().items():
+            for stack in self._layout.stacks:
+                if name.startswith(f"{stack.blocks}."):
+                    number, _, inside = name.removeprefix(f"{stack.blocks}.").partition(".")
+                    name = f"{stack.blocks}.{number}.{_plain_name(inside, stack)}"
+                    break
+            # The halves of a fused gate come one after the other, the activated one first.
+            found[name] = torch.cat([found[name], weight]) if name in found else weight
+        return found
 
     def checkpoint_gradients(self) -> None:
         """Compute every block again in the backward instead of keeping its activations; the numbers stay the same."""
@@ -210,16 +300,58 @@ class _Block:
         return self.now.layer.block if self.now.layer else None
 
 
-def seams_at(backbone: Backbone, layers: tuple[int, ...]) -> dict[int, Seam]:
-    """Block number -> FFN seam for the blocks in ``layers`` (empty: all).
+class NotPlainError(ValueError):
+    """A backbone is no plain model of transformers: what stands in the way."""
+
+
+def _plain_name(name: str, stack: Stack) -> str:
+    """The plain name of a weight of a block that has seams."""
+    if name.startswith("biases.table."):
+        return name.replace("biases.table", "layer.0.SelfAttention.relative_attention_bias", 1)
+    name = name.removeprefix("layer.block.")
+    ffn = stack.ffn
+    moved = {f"{ffn.seat}.ffn.{each}.": f"{getattr(ffn, each)}." for each in ("up", "gate", "down")}
+    for path in filter(None, (stack.attention_output, stack.cross_attention_output)):
+        moved[f"{path}.projection."] = f"{path}."
+    for seam, place in moved.items():
+        if name.startswith(seam):
+            return place + name.removeprefix(seam)
+    return name
+
+
+class _Places(DynamicCache):
+    """Keys and values of a decoder's self-attentions, where several layers at one block each have a place: layer e of block b
+    has place b + e * ``blocks``. A place that is not written to stays empty, so the length is not always that of the first.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self._blocks = blocks
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that place ``layer_idx`` holds; 0, which transformers asks for the length of them all: any layer of the first
+        block."""
+        if layer_idx:
+            return super().get_seq_length(layer_idx)
+        return max((super(_Places, self).get_seq_length(i) for i in range(0, len(self.layers), self._blocks)), default=0)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys that ``query_length`` more tokens see."""
+        return self.get_seq_length() + query_length, 0
+
+
+@overload
+def seams_at(backbone: Backbone, layers: tuple[int, ...] | str, place: Literal["ffn"] = "ffn") -> dict[int, Seam]: ...
+@overload
+def seams_at(backbone: Backbone, layers: tuple[int, ...] | str, place: Literal["layer"]) -> dict[int, LayerSeam]: ...
+def seams_at(backbone: Backbone, layers: tuple[int, ...] | str, place: Literal["ffn", "layer"] = "ffn") -> dict[int, Any]:
+    """Block number -> seam at the FFN or at the whole block, for the blocks that ``layers`` stands for (empty: all).
 
     Raises:
-        ConfigError: a number is beyond the backbone's last block.
+        ConfigError: ``layers`` does not fit the backbone.
     """
-    count = backbone.num_blocks
-    law = f"must be below the backbone's {count} blocks, got {list(layers)}"
-    require(max(layers, default=0) < count, "model.layers", law)
-    return {seam.block: seam for seam in backbone.seams() if not layers or seam.block in layers}
+    chosen = chosen_blocks(layers, backbone.stack_sizes)
+    return {seam.block: seam for seam in backbone.seams(place) if seam.block in chosen}
 
 
 def load_backbone(config: BackboneConfig, vocab_size: int | None, seed: int) -> Backbone:

@@ -1,4 +1,4 @@
-"""Experts: upcycled copies of a feed-forward sub-layer, bottleneck adapters, and function-preserving widening.
+"""Experts: upcycled copies and parts of a feed-forward sub-layer, bottleneck adapters, and function-preserving widening.
 
 Every expert is a module with parameters of its own, never a row of a stacked tensor: an expert that a step does not use
 keeps ``grad is None`` and the optimiser leaves it alone.
@@ -6,10 +6,15 @@ Legend: d hidden width, f inner width of the FFN, m bottleneck.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 class Bottleneck(nn.Module):
@@ -32,7 +37,7 @@ class Bottleneck(nn.Module):
         return self.up(functional.gelu(self.down(hidden)))
 
 
-def upcycle(module: nn.Module, noise: float, seed: int) -> nn.Module:
+def upcycle(module: AnyModule, noise: float, seed: int) -> AnyModule:
     """A trainable copy of ``module`` for use as an expert (sparse upcycling, Komatsuzaki et al. 2022).
 
     Each parameter tensor gets Gaussian noise of ``noise`` times the tensor's own standard deviation.
@@ -43,6 +48,52 @@ def upcycle(module: nn.Module, noise: float, seed: int) -> nn.Module:
         for parameter in expert.parameters():
             _perturb(parameter, noise, generator)
     return expert
+
+
+@contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """Draw the global random numbers on the CPU from ``seed`` for a while: for code of others that takes no generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def split(
+    up: nn.Linear, gate: nn.Linear | None, down: nn.Linear, which: int, parts: int
+) -> tuple[nn.Linear, nn.Linear | None, nn.Linear]:
+    """Part ``which`` of ``parts`` equal parts of the hidden units of ``down(activation(up(x)) [* gate(x)])``: up and gate
+    (f, d) -> (f/parts, d), down (d, f) -> (d, f/parts) times ``parts``.
+
+    The mean of all parts is the whole: down's bias, which every part has, stays as it is (Mod-Squad's width, Chen et al. 2023).
+    ``parts`` divides f.
+    """
+    narrow_down = _blank(down.in_features // parts, down.out_features, down)
+    with torch.no_grad():
+        narrow_down.weight.copy_(down.weight.chunk(parts, 1)[which] * parts)
+        if down.bias is not None:
+            narrow_down.bias.copy_(down.bias)
+    return _part(up, which, parts), None if gate is None else _part(gate, which, parts), narrow_down
+
+
+def scaled(down: nn.Linear, factor: float) -> nn.Linear:
+    """A copy of an FFN's last layer whose output is ``factor`` times as large."""
+    smaller = copy.deepcopy(down)
+    with torch.no_grad():
+        for parameter in smaller.parameters():
+            parameter.mul_(factor)
+    return smaller
+
+
+def _part(linear: nn.Linear, which: int, parts: int) -> nn.Linear:
+    narrow = _blank(linear.in_features, linear.out_features // parts, linear)
+    for name, parameter in narrow.named_parameters():
+        parameter.data.copy_(linear.get_parameter(name).chunk(parts)[which])
+    return narrow
+
+
+def _blank(inputs: int, outputs: int, like: nn.Linear) -> nn.Linear:
+    """A layer without values, made without random numbers."""
+    return nn.Linear(inputs, outputs, bias=like.bias is not None, device="meta").to_empty(device=like.weight.device)
 
 
 def widen(

@@ -41,6 +41,8 @@ class Stack:
     """Output projection of a decoder's attention to the encoder's states."""
     heads: str = "num_attention_heads"
     """Setting with the number of attention heads."""
+    ffn_width: str = "intermediate_size"
+    """Setting with the inner width of its FFNs."""
     read: tuple[str, ...] = ()
     """Attributes of a block that its stack reads."""
 
@@ -89,6 +91,7 @@ _DISTILBERT = Layout(
             "transformer.layer",
             FfnPlace("ffn.lin1", "ffn.lin1", "ffn.activation", "ffn.lin2", emptied=("ffn.activation", "ffn.lin2")),
             attention_output="attention.out_lin",
+            ffn_width="hidden_dim",
         ),
     ),
     dropouts=("dropout", "attention_dropout"),
@@ -111,9 +114,20 @@ _BART_FFN = FfnPlace(
 )
 _BART = Layout(
     stacks=(
-        Stack("model.encoder.layers", _BART_FFN, "self_attn.out_proj", heads="encoder_attention_heads"),
         Stack(
-            "model.decoder.layers", _BART_FFN, "self_attn.out_proj", "encoder_attn.out_proj", heads="decoder_attention_heads"
+            "model.encoder.layers",
+            _BART_FFN,
+            "self_attn.out_proj",
+            heads="encoder_attention_heads",
+            ffn_width="encoder_ffn_dim",
+        ),
+        Stack(
+            "model.decoder.layers",
+            _BART_FFN,
+            "self_attn.out_proj",
+            "encoder_attn.out_proj",
+            heads="decoder_attention_heads",
+            ffn_width="decoder_ffn_dim",
         ),
     ),
     dropouts=("dropout", "attention_dropout", "activation_dropout"),
@@ -129,7 +143,10 @@ def _t5(up: str, gate: str) -> Layout:
 
     own, other = "layer.0.SelfAttention.o", "layer.1.EncDecAttention.o"
     return Layout(
-        stacks=(Stack("encoder.block", ffn("layer.1"), own), Stack("decoder.block", ffn("layer.2"), own, other)),
+        stacks=(
+            Stack("encoder.block", ffn("layer.1"), own, ffn_width="d_ff"),
+            Stack("decoder.block", ffn("layer.2"), own, other, ffn_width="d_ff"),
+        ),
         dropouts=("dropout_rate",),
         positions="relative",
         block_output="states and position biases",

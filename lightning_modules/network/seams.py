@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -110,6 +111,10 @@ class Seam(nn.Module):
         self.take_ffn()
         self.ffn, self.replacement = None, module
 
+    def restore(self, ffn: FeedForward) -> None:
+        """Put a plain FFN in place of what has replaced the block's own."""
+        self.ffn, self.replacement = ffn, None
+
     def follow(self, module: nn.Module) -> None:
         """Add ``module(out, handed)`` to the FFN's output ``out``."""
         self.follower = module
@@ -120,6 +125,21 @@ class Seam(nn.Module):
         return out if self.follower is None else out + _handed(self, self.follower, out)
 
 
+@dataclass(frozen=True)
+class RowFree:
+    """An argument of a block that is the same for all rows of the batch, whatever its first dimension is."""
+
+    value: Any
+    rows: int | None = None
+    """Of a cache: the number of rows that it is for. What has seen only some of them can not be reordered with the beams."""
+
+    def of(self, hidden: Tensor) -> Any:
+        """The argument, for a layer that computes the rows ``hidden``."""
+        if self.rows not in (None, len(hidden)):
+            raise RuntimeError(f"a layer that computes {len(hidden)} of {self.rows} rows can not keep their keys and values")
+        return self.value
+
+
 class Layer(nn.Module):
     """One whole block; of what it returns, the states."""
 
@@ -127,24 +147,37 @@ class Layer(nn.Module):
         super().__init__()
         self.block = block
 
+    def keep_apart(self, places: int) -> None:
+        """Write the keys and values of ``generate`` that many places behind the block's own in the cache: of several layers
+        at one seam, each needs its own place (a multiple of the decoder's blocks; see ``backbones``)."""
+        for module in self.block.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = module.layer_idx + places  # pyright: ignore[reportAttributeAccessIssue, reportOperatorIssue]
+
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B, S, d) and the block's other arguments -> (B, S, d)."""
-        out = self.block(hidden, *args, **kwargs)
+        bare = [each.of(hidden) if isinstance(each, RowFree) else each for each in (*args, *kwargs.values())]
+        out = self.block(hidden, *bare[: len(args)], **dict(zip(kwargs, bare[len(args) :], strict=True)))
         return out[0] if isinstance(out, tuple) else out
 
 
 class LayerSeam(nn.Module):
     """One whole block or what replaces it.
 
-    Other arguments of a block (masks, encoder states, caches; see the architecture's code) are passed on as they come. A
-    decoder block writes its keys and values into the cache of ``generate``: what replaces it has to do this once.
+    Other arguments of a block (masks, encoder states, caches; see the architecture's code) are passed on as they come, those
+    without rows as :class:`RowFree`, which a :class:`Layer` takes off again. A decoder block writes its keys and values into
+    the cache of ``generate``: each layer of what replaces it has to do this in a place of its own, and for all rows.
     """
+
+    row_free = ("position_embeddings", "relative_pos", "rel_embeddings")
+    """Arguments by name that are no :class:`RowFree` yet but have no rows."""
 
     def __init__(self, number: int, block: nn.Module, stack: Stack, handover: Handover) -> None:
         super().__init__()
         self.block = number
         self.layer: Layer | None = Layer(block)
         self.replacement: nn.Module | None = None
+        self.caches = True
         self._handover = handover
         for name in stack.read:
             setattr(self, name, getattr(block, name))
@@ -159,11 +192,19 @@ class LayerSeam(nn.Module):
             raise RuntimeError("the block at this seam has been replaced already")
         return self.layer
 
-    def replace(self, module: nn.Module) -> None:
+    def replace(self, module: nn.Module, caches: bool = True) -> None:
         """Compute ``module(hidden, handed, *args, **kwargs)`` -> states instead of the block, which is dropped. The seams
-        inside of the block go with it, or live on in its copies."""
+        inside of the block go with it, or live on in its copies.
+
+        ``caches``: whether the module's layers can keep keys and values from one generated token to the next, which they
+        can not where rows change their layer; then ``generate`` computes all tokens again each time.
+        """
         self.take_layer()
-        self.layer, self.replacement = None, module
+        self.layer, self.replacement, self.caches = None, module, caches
+
+    def restore(self, layer: Layer) -> None:
+        """Put one layer in place of what has replaced the block."""
+        self.layer, self.replacement, self.caches = layer, None, True
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the block returns."""
@@ -172,6 +213,11 @@ class LayerSeam(nn.Module):
     def _states(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.replacement is None:
             return self.take_layer()(hidden, *args, **kwargs)
+        for name in self.row_free:
+            if name in kwargs:
+                kwargs[name] = RowFree(kwargs[name])
+        if kwargs.get("past_key_values") is not None:
+            kwargs["past_key_values"] = RowFree(kwargs["past_key_values"], len(hidden))
         return _handed(self, self.replacement, hidden, *args, **kwargs)
 
 
@@ -193,7 +239,7 @@ class _T5LayerSeam(LayerSeam):
         mask, biases, *others = args
         if self.biases is not None:
             biases = self.biases(hidden.shape[1], kwargs.get("past_key_values"))
-        return self._states(hidden, mask, biases, *others, **kwargs), biases, None
+        return self._states(hidden, mask, RowFree(biases), *others, **kwargs), biases, None
 
 
 class _PositionBiases(nn.Module):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.building import ConfigError
 from lightning_modules.config import HeadsConfig
 
 
@@ -101,6 +102,15 @@ class TaskHead(nn.Module, ABC):
     def predict(self, outputs: Any) -> list[Any]:
         """Plain Python predictions, one per example, in the form of ``lightning_modules.data.kinds``."""
 
+    def divergence(self, first: Any, second: Any) -> Tensor:
+        """How far two outputs for the same n examples are apart: the mean of both KL divergences between their answers, (n,).
+
+        Raises:
+            ConfigError: the kind's answers have no distribution that is written down here (trees, spans, frames).
+        """
+        law = f"must be 0 with {self.spec.kind} tasks ({self.spec.name}), whose answers it cannot compare"
+        raise ConfigError("model.router.consistency", law)
+
 
 def linear(inputs: int, outputs: int, generator: torch.Generator, bias: bool = True) -> nn.Linear:
     """A linear layer with weights from N(0, 0.02) of ``generator`` and biases of zero."""
@@ -110,3 +120,11 @@ def linear(inputs: int, outputs: int, generator: torch.Generator, bias: bool = T
         if bias:
             layer.bias.zero_()
     return layer
+
+
+def symmetric_divergence(first: Tensor, second: Tensor) -> Tensor:
+    """(KL(p || q) + KL(q || p)) / 2 of the softmaxes of two logit tensors (..., C) -> (...); -inf in both is no option."""
+    p, q = first.log_softmax(-1), second.log_softmax(-1)
+    options = torch.isfinite(p)
+    ratio = torch.where(options, p - q, 0.0)
+    return 0.5 * ((p.exp() - q.exp()) * ratio).sum(-1)

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from lightning_modules.network.task_heads.base import HeadSpec, States, TaskHead, linear
+from lightning_modules.network.task_heads.base import HeadSpec, States, TaskHead, linear, symmetric_divergence
 
 
 class ChoiceHead(TaskHead):
@@ -31,3 +31,7 @@ class ChoiceHead(TaskHead):
     def predict(self, outputs: Tensor) -> list[int]:
         """The number of the best option of each example."""
         return outputs.argmax(-1).tolist()
+
+    def divergence(self, first: Tensor, second: Tensor) -> Tensor:
+        """Between the distributions over the options, (m,)."""
+        return symmetric_divergence(first, second)

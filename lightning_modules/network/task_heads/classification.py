@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_modules.network.task_heads.base import HeadSpec, States, TaskHead, linear
+from lightning_modules.network.task_heads.base import HeadSpec, States, TaskHead, linear, symmetric_divergence
 
 
 class ClassificationHead(TaskHead):
@@ -24,3 +24,7 @@ class ClassificationHead(TaskHead):
     def predict(self, outputs: Tensor) -> list[int]:
         """The most probable label's number for each example."""
         return outputs.argmax(-1).tolist()
+
+    def divergence(self, first: Tensor, second: Tensor) -> Tensor:
+        """Between the label distributions, (n,)."""
+        return symmetric_divergence(first, second)

@@ -25,3 +25,7 @@ class RegressionHead(TaskHead):
     def predict(self, outputs: Tensor) -> list[float]:
         """The number for each example, on the labels' raw scale."""
         return (outputs * self.sd + self.mean).tolist()
+
+    def divergence(self, first: Tensor, second: Tensor) -> Tensor:
+        """Between Gaussians of the labels' variance around the numbers, (n,)."""
+        return 0.5 * (first - second).square()

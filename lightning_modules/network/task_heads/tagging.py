@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_modules.network.task_heads.base import HeadSpec, States, TaskHead, linear
+from lightning_modules.network.task_heads.base import HeadSpec, States, TaskHead, linear, symmetric_divergence
 
 
 class Scores(NamedTuple):
@@ -44,3 +44,8 @@ class TaggingHead(TaskHead):
         """The most probable tag's number for each word that has been read."""
         counts = outputs.mask.sum(-1).tolist()
         return [tags[:count] for tags, count in zip(outputs.scores.argmax(-1).tolist(), counts, strict=True)]
+
+    def divergence(self, first: Scores, second: Scores) -> Tensor:
+        """Between the tag distributions, mean over each example's words, (n,)."""
+        apart = symmetric_divergence(first.scores, second.scores) * first.mask
+        return apart.sum(-1) / first.mask.sum(-1).clamp_min(1)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightning_modules.network.task_heads.base import symmetric_divergence
+
 
 def sequence_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of logits (n, T, V) with target token ids (n, T), -100: padding; mean over each target's tokens -> (n,)
@@ -15,3 +17,11 @@ def sequence_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
         )
     losses = flat.view_as(labels)
     return losses.sum(-1) / (labels >= 0).sum(-1).clamp_min(1)
+
+
+def sequence_divergence(first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
+    """Symmetric KL divergence between the token distributions of two passes, (n, T, V) each, mean over each target's tokens ->
+    (n,) float32."""
+    real = labels >= 0
+    apart = symmetric_divergence(first.float(), second.float()) * real
+    return apart.sum(-1) / real.sum(-1).clamp_min(1)
