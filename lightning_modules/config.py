@@ -543,8 +543,12 @@ class TrialConfig:
         if self.backbone.built_in:
             chosen_blocks(self.model.layers, self.backbone.stacks)
         self._check_parts()
-        # The second computation would come after the merged parameters have been taken out of the block again.
         model = self.model
+        if not isinstance(model, DenseConfig):
+            known = model.router.diversity == 0 or "experts" not in self.start.load
+            law = "must be 0 where experts come from an earlier trial, whose common start is not known, got start.load: experts"
+            require(known, "model.router.diversity", law)
+        # The second computation would come after the merged parameters have been taken out of the block again.
         merged = isinstance(model, TaskMoEConfig) and model.expert == "layer" and model.router.combine == "parameters"
         law = "cannot compute whole layers of merged parameters again (model.router.combine: parameters), got true"
         require(not (merged and self.backbone.gradient_checkpointing), "backbone.gradient_checkpointing", law)

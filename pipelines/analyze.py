@@ -33,6 +33,9 @@ from pipelines.store import write_text
 from pipelines.transfer import LOWER_IS_BETTER
 from pipelines.wording import number, unit_for
 
+LOG_WIDTH = 140
+"""Width of tables where the output is not a terminal."""
+
 CANDIDATES = 4000
 """Random routes among which those with the mass nearest to a task's own route are looked for."""
 
@@ -40,7 +43,7 @@ CANDIDATES = 4000
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status."""
     options = _parse(arguments)
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
     try:
         probe = Probe(restore(Path(options.storage).resolve(), options.trial), options.split)
         found = knockout(probe, options.draws, options.seed) if options.check == "knockout" else swap(probe)

@@ -258,8 +258,9 @@ def _routing_html(routed: Sequence[RouteSummary], images: Mapping[str, tuple[str
 
 
 ROUTING_NOTES = (
-    "<b>Task-expert NMI</b>: how much the task says about the expert, 0 nothing, 1 all; mean over blocks and seeds. It is not "
-    "use: whether a route matters is for <code>pipelines/analyze.py knockout</code> to say.",
+    "<b>Task-expert NMI</b>: how much the task says about the expert, 0 nothing, 1 all (so it is when every task has one fixed "
+    "expert, learned or random); mean over blocks and seeds. It is not use: whether a route matters is for "
+    "<code>pipelines/analyze.py knockout</code> to say.",
     "<b>Agreement with categories</b>: adjusted Rand index of the clusters of similar routes with the human categories (1 the "
     "same groups, 0 chance), mean [95 % interval] over seeds; <b>Mantel p</b>: how often categories dealt to the tasks at "
     "random agree as well with the similarity of the routes.",

@@ -90,6 +90,9 @@ def _check_blocks(routed: Routed) -> None:
     if decoding and routed.router.selection in READS_WHOLE_ROWS:
         law = f"cannot be {routed.router.selection} in decoder blocks, whose tokens must not depend on later ones, "
         raise _refuse("router.selection", f"{law}got layers={list(blocks)}")
+    if decoding and routed.router.capacity is not None:
+        law = "must be null in decoder blocks, whose tokens must not wait for room that later ones decide on, "
+        raise _refuse("router.capacity", f"{law}got {routed.router.capacity} with layers={list(blocks)}")
     if isinstance(model, TaskMoEConfig) and model.expert == "ffn_split":
         for inner in {stack.inner for stack in map(architecture.stack_of, blocks)}:
             if inner is not None and inner % model.router.top_k:

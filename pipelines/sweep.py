@@ -205,7 +205,7 @@ class _Command:
     # -- comparing -----------------------------------------------------------------------------------------------------
 
     def _conclude(self, tracker: "Tracker", uri: str) -> int:
-        from pipelines import report, transfer, wording
+        from pipelines import report, routes, transfer, wording
 
         results = {t: r for t, folder in self.folders.items() if (r := folder.result()) is not None}
         failures = self._failures(results)
@@ -217,6 +217,7 @@ class _Command:
             settings=flatten(dict(self.sweep.trial)),
             command=self._command_line(),
             notes=self._notes(results.values()),
+            routes=tuple(routes.collect(self.plan.trials, self.storage)),
         )
         page = report.write_report(self.folder, comparison, facts)
         wording.print_comparison(self.console, comparison)

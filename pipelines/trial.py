@@ -232,10 +232,13 @@ class _Trial(lightning.Callback):
 
     def _finish(self) -> TrialResult | None:
         module, config = self.module.to(self.device), self.config
-        splits = {"dev": self._evaluate("dev", None)}
-        tally = self._tally()
-        splits["test"] = self._evaluate("test", tally)
-        measurements = self._measure_routing(tally, "test", config.train.steps)
+        splits, measured = {}, {}
+        for split in EVALUATED:
+            tally = self._tally()
+            splits[split] = self._evaluate(split, tally)
+            measured[split] = self._measure_routing(tally, split, config.train.steps)
+        # Earlier evaluations, which the last routes are compared with, were on dev.
+        measurements = {key: value for key, value in measured["dev"].items() if key.endswith("/churn")} | measured["test"]
         if self.gang.rank != 0:
             return None
         result = TrialResult(

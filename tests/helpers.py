@@ -5,13 +5,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lightning_modules.config import BackboneConfig, ModelConfig, RouterConfig, TinySizeConfig, TrialConfig
 from lightning_modules.data.batches import Batch, TaskRows
-from lightning_modules.network.dispatch import Combine
 from lightning_modules.network.model import MultiTaskNetwork, build_network
-from lightning_modules.network.routers.record import Routing, Rows
 from lightning_modules.network.task_heads.base import HeadSpec
 
 VOCAB = 320
@@ -120,7 +117,6 @@ def tiny_batch(tasks: Sequence[int], rows: int = 2, width: int = 7, heads: Seque
             (i + 1) * rows,
             labels_for(heads[task], rows, (width - 1) // 2, generator),
             torch.full((rows,), 1 / size),
-            share=1 / len(tasks),
         )
         for i, task in enumerate(tasks)
     )
@@ -148,20 +144,6 @@ def wider(batch: Batch, padding: int) -> Batch:
 def losses(network: MultiTaskNetwork, batch: Batch) -> Tensor:
     """Loss of every example of the batch, (B,)."""
     return torch.cat(network.losses(batch))
-
-
-def mix_reference(experts: nn.ModuleList, routing: Routing, hidden: Tensor, rows: Rows, combine: Combine) -> Tensor:
-    """What :func:`dispatch.mix` means, slowly: every expert takes part in every row, with its weight or zero."""
-    parts = []
-    for r, (_, start, stop) in enumerate(rows):
-        weights, states = routing.weights[r], hidden[start:stop]
-        if combine == "outputs":
-            parts.append(sum(weights[e] * expert(states) for e, expert in enumerate(experts)))
-        else:
-            named = [dict(expert.named_parameters()) for expert in experts]
-            merged = {k: sum(weights[e] * own[k] for e, own in enumerate(named)) for k in named[0]}
-            parts.append(functional_call(experts[0], merged, (states,)))
-    return torch.cat(parts)
 
 
 def assert_only_trains(network: nn.Module, expected: set[str]) -> None:

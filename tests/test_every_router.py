@@ -18,7 +18,6 @@ MODELS: dict[str, ModelConfig] = {
 }
 REFORMS = ("mod_squad", "token_capacity", "expert_choice", "task_expert_choice", "soft_moe")
 """What does not compute a dense block with equal experts: raw weights, dropped tokens, mixed tokens."""
-PATH = ["encode", "losses"]
 TASKS = [0, 1, 2, 3]
 
 
@@ -52,7 +51,7 @@ def test_one_expert_is_dense(name: str) -> None:
     router = replace(CATALOGUE[name], top_k=1, experts_of={})
     if router.weighting == "renormalise":
         pytest.skip("refused with one expert")
-    model = TaskMoEConfig(num_experts=1, expert_noise=0.0, router=replace(router, kind="task_id") if False else router)
+    model = TaskMoEConfig(num_experts=1, expert_noise=0.0, router=router)
     if router.kind in ("task_id", "category"):
         model = replace(model, router=replace(router, experts_of={head.name: 0 for head in HEADS}))
     batch = tiny_batch(TASKS)
@@ -79,7 +78,8 @@ def test_the_record_keeps_its_laws(model: str) -> None:
             assert not (routing.weights[~ran] != 0).any()
             covered = [range(start, stop) for _, start, stop in units.groups]
             assert [u for group in covered for u in group] == list(range(len(units.task)))
-            assert all((units.task[group.start : group.stop] == task).all() for (task, *_), group in zip(units.groups, covered, strict=True))
+            for task, start, stop in units.groups:
+                assert (units.task[start:stop] == task).all()
 
 
 @pytest.mark.parametrize("model", MODELS)

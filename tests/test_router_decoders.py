@@ -38,7 +38,7 @@ def network_of(backbone: str, model: ModelConfig) -> MultiTaskNetwork:
     network = build_network(config, TASKS, VOCAB).eval()
     for name, parameter in network.backbone.named_parameters():
         # Otherwise BART would say the same token again and again, whatever its layers see.
-        parameter.data.mul_(8 if "embed_positions" in name else 4 if "norm" not in name and ".experts." not in name else 1)
+        parameter.data.mul_(8 if "embed_positions" in name else 4 if "norm" not in name else 1)
     return network
 
 
@@ -96,7 +96,7 @@ def special(network: MultiTaskNetwork, which: str) -> int:
 @pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_beams_are_the_same_with_and_without_a_cache_and_plain_with_equal_experts(backbone: str, name: str) -> None:
-    network = network_of(backbone, TaskMoEConfig(num_experts=3, expert_noise=0.0, router=CATALOGUE[name]))
+    network = network_of(backbone, TaskMoEConfig(num_experts=4, expert_noise=0.0, router=CATALOGUE[name]))
     plain = network_of(backbone, DenseConfig())
     batch = batch_of([0, 2])
     for which in (0, 1):
@@ -157,10 +157,10 @@ def test_no_token_is_routed_by_a_later_one(backbone: str, name: str) -> None:
     shorter[:, 3:] = IGNORE
     for changed in (later, shorter):
         found, again = part.forced(changed)
-        torch.testing.assert_close(found[:, :3], logits[:, :3], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[:, :3], logits[:, :3], atol=1e-4, rtol=1e-4)
         for a, b in zip(records, again, strict=True):
             routes = [weights_at(record, first) for record, first in ((a, targets), (b, changed))]
-            torch.testing.assert_close(*routes, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(*routes, atol=1e-4, rtol=1e-4)
     assert (part.forced(later)[0][0, 5] - logits[0, 5]).abs().max() > 1e-3
 
 
@@ -172,14 +172,15 @@ def weights_at(record: Record, targets: Tensor) -> Tensor:
     return record.routing.weights[record.units.index % targets.shape[1] < 3]
 
 
-@pytest.mark.parametrize("name", ["token_capacity"])
-def test_a_capacity_looks_at_later_tokens(name: str) -> None:
-    """Why a decoder cannot have one: what is generated is not what teacher forcing says."""
-    network = network_of("tiny-bart", model_of("task_moe", name))
+def test_a_capacity_looks_at_later_tokens() -> None:
+    """Why a decoder's blocks may not have one: how much room there is depends on what comes later."""
+    network = network_of("tiny-bart", model_of("task_moe", "token_capacity"))
     shake(network)
     part = Part(network, batch_of([0, 2]), 0)
-    _, records = part.forced(part.rows.labels)
-    assert any((record.routing.chosen == -1).any() for record in records)
+    shorter = part.rows.labels.clone()
+    shorter[:, 3:] = IGNORE
+    logits, found = part.forced(part.rows.labels)[0], part.forced(shorter)[0]
+    assert (found[:, :3] - logits[:, :3]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["top_1", "token_per_task", "token_film", "example_per_task", "lstm"])

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from lightning_modules.building import ConfigError, build
 from lightning_modules.config import TaskMoEConfig, TrialConfig
-from lightning_modules.data.batches import Batch, StepBatches
+from lightning_modules.data.batches import Batch, StepBatches, chosen_rows
 from lightning_modules.data.posing import pose
 from lightning_modules.data.prepared import open_tasks, prepare
 from lightning_modules.data.tasks import TaskSpec, load_catalogues
@@ -161,7 +161,7 @@ def test_the_scope_of_one_forward_depends_on_the_cut(make_trial: Make, prepared:
         )
         for batching in ("single_task", "mixed")
     )
-    gates = [name for name in one if name.endswith("weight") and name.startswith("routers.")]
+    gates = [name for name in one if name.startswith("routers.blocks.")]
     assert gates and all((one[name] - two[name]).abs().max() > 1e-3 for name in gates)
 
 
@@ -171,7 +171,7 @@ def test_a_row_counts_its_share_of_its_example(make_trial: Make, specs: dict[str
     for batching in ("single_task", "mixed"):
         config = make_trial(
             model=moe(DETERMINISTIC["token_load"]),
-            backbone={"dropout": 0.0, "max_length": 12},
+            backbone={"dropout": 0.0, "max_length": 8},
             mixture={"batching": batching, "tasks_per_step": 4},
             train={"steps": 8, "log_every": 1},
         )
@@ -294,7 +294,7 @@ def test_compiled_blocks_are_routed_as_they_were(router: str, make_trial: Make, 
         for each in (False, True)
     )
     for (step, a), (_, b) in zip(curve(plain), curve(compiled), strict=True):
-        assert a == pytest.approx(b, rel=1e-4), step
+        assert a == pytest.approx(b, rel=1e-3), step
 
 
 # Interventions
@@ -453,6 +453,7 @@ def alike(folder: TrialFolder, before: dict[str, torch.Tensor]) -> float:
     return float(np.mean([functional.cosine_similarity(flat[a], flat[b], dim=0).square().item() for a, b in pairs]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", [{"selection": "soft"}, {**TOKEN, "top_k": 2}], ids=["task", "token"])
 def test_experts_that_shall_differ_drift_apart(router: Settings, make_trial: Make, prepared: Path, tmp_path: Path) -> None:
     found = {}
@@ -561,3 +562,92 @@ def test_a_task_that_is_never_trained_gets_the_route_that_its_seeding_says(
         if ".biases" not in name:
             assert not torch.equal(first, start[0]), "the trained rows have moved"
     assert len(arrays(folder)) == 2
+
+
+# Text
+
+
+def test_a_decoders_routes_are_counted_at_the_gold_targets(every_task: dict[str, TaskSpec], tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    config = text_trial(PER_TASK, every_task, root, mixture={"held_out": ()})
+    module, tasks = new_module(config, root), open_tasks(config, root)
+    routers = module.network.routers
+    assert routers is not None
+    names = [task.name for task in tasks]
+    tally = RoutingTally(len(tasks), routers.experts)
+    found, plain = (
+        evaluate(module.network, config, tasks, "test", Gang(), torch.device("cpu"), each) for each in (tally, None)
+    )
+    assert found.scores == plain.scores
+    held = tally.arrays(names)
+    for number, task in enumerate(tasks):
+        rows = chosen_rows(config, task, "test")
+        inputs = sum(len(row.tokens) for row in task.windows("test", rows).rows)
+        targets = sum(map(len, task.labels_of("test", rows)))
+        assert held["units/0"][number] == held["units/1"][number] == inputs
+        assert held["units/2"][number] == held["units/3"][number] == targets
+
+
+def test_a_decoder_that_a_step_does_not_use_is_left_alone(every_task: dict[str, TaskSpec], tmp_path: Path) -> None:
+    """A mixture of labels and text, where most steps have no text: no loss of a router needs the decoder's blocks."""
+    names = ("kind/text2text", "toy/sentiment")
+    router = {**TOKEN, "balance": "load", "diversity": 0.1, "mutual_information": 0.1}
+    config = encoder_trial(
+        names,
+        every_task,
+        tmp_path / "data",
+        model=moe(router),
+        backbone={
+            "name": "tiny-t5",
+            "max_length": 48,
+            "max_target_length": 8,
+            "size": {**SIZE, "tokenizer_tasks": sorted(names)},
+        },
+        mixture={"tasks": names, "batch_size": 4, "tasks_per_step": 1, "sampling": "uniform"},
+        generation={"beams": 1},
+    )
+    batches = StepBatches(config, open_tasks(config, tmp_path / "data"))
+    assert [1] in [batches.tasks_of(step) for step in range(4)]
+    _, result = train(config, tmp_path / "runs", tmp_path / "data")
+    assert {"route/0/nmi", "route/3/nmi"} <= result.measurements.keys()
+
+
+WITHOUT_BIASES = {"name": "tiny-t5", "dropout": 0.0}
+"""The bias of an attention's keys changes nothing, so that its gradient is rounding errors, which AdamW blows up."""
+
+
+@pytest.mark.parametrize("router", ["token_load_per_task", "example_per_task", "cluster", "diversity"])
+def test_mixed_batches_of_text_train_as_single_task_groups_do(
+    router: str, every_task: dict[str, TaskSpec], tmp_path: Path
+) -> None:
+    one, two = (
+        train(
+            text_trial(
+                DETERMINISTIC[router],
+                every_task,
+                tmp_path / "data",
+                backbone=WITHOUT_BIASES,
+                mixture={"held_out": (), "batching": batching, "tasks_per_step": 4, "batch_tokens": 200},
+                generation={"beams": 1},
+            ),
+            tmp_path / batching,
+            tmp_path / "data",
+        )[0]
+        for batching in ("single_task", "mixed")
+    )
+    assert_close(one, two)
+
+
+@pytest.mark.slow
+def test_two_workers_train_text_as_one_does(every_task: dict[str, TaskSpec], tmp_path: Path, pool: WorkerPool) -> None:
+    root = tmp_path / "data"
+    config = text_trial(
+        DETERMINISTIC["token_load_per_task"],
+        every_task,
+        root,
+        backbone=WITHOUT_BIASES,
+        mixture={"held_out": (UNSEEN,), "batch_tokens": 200},
+        generation={"beams": 1},
+    )
+    one, _ = train(config, tmp_path / "one", root)
+    assert_close(one, by_two(config, tmp_path / "two", root, pool))

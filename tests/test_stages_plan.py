@@ -385,6 +385,7 @@ HELD = {"held_out": ["q"]}
          "trial.model.router.selection: cannot be expert_choice in decoder blocks"),
         ({"router": {"kind": "token", "selection": "slots"}, "backbone": T5, "model": {"layers": "last:1"}},
          "trial.model.router.selection: cannot be slots in decoder blocks"),
+        ({"router": {"kind": "token", "capacity": 1.25}, "backbone": T5}, "trial.model.router.capacity: must be null in decoder"),
         ({"router": {"mutual_information": 0.1}, "mixture": {"tasks_per_step": 1}},
          "trial.model.router.mutual_information: has no gradient with kind: task and one task per step"),
         ({"router": {"balance": "load"}, "mixture": {"tasks_per_step": 1}}, "trial.model.router.balance: has no gradient"),

@@ -46,8 +46,6 @@ class TaskRows:
     """(n,) int64, the number of sequences of each example; None: one."""
     owner: Tensor | None = None
     """(stop - start,) int64, the example that each row belongs to, counted from the part's first; None: row i is example i."""
-    share: float = 1.0
-    """Sum of ``weights``, known to the host."""
 
     @property
     def sequences(self) -> slice:
@@ -133,7 +131,6 @@ def collate(parts: Sequence[Part]) -> Batch:
                 last=last if several else -1,
                 options=None if of_part.options is None else torch.from_numpy(of_part.options),
                 owner=_owners(of_part, n) if several or of_part.options is not None else None,
-                share=float(weights.sum(dtype=np.float64)),
             )
         )
         start, first = stop, last

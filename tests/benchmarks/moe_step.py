@@ -185,7 +185,6 @@ class Bench:
                 (i + 1) * each,
                 torch.randint(top, shape, generator=generator),
                 torch.full((each,), 1 / ROWS),
-                share=1 / len(tasks),
             )
             for i, task in enumerate(tasks)
         )
