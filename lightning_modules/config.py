@@ -17,7 +17,7 @@ from typing import Any, Literal
 from lightning_modules.building import require
 from lightning_modules.router_config import RouterConfig
 
-NUMERICS_VERSION = 2
+NUMERICS_VERSION = 3
 """Part of every trial's identity. Raise it when a change to the code alters a trial's numbers
 (the golden losses in ``tests/golden`` fail when it should have been raised)."""
 
@@ -192,6 +192,9 @@ class TaskMoEConfig:
         require(not split or self.router.combine == "outputs", "router.combine", merged)
         halves = "must not be random_example with expert: layer, which has no two projections to draw apart"
         require(self.expert != "layer" or self.router.kind != "random_example", "router.kind", halves)
+        tokens = self.router.kind in ("token", "hash_token")
+        law = f"applies to routers of tokens (kind: token, hash_token), got dispatch={self.dispatch!r}, {self.router.kind!r}"
+        require(self.dispatch == "auto" or tokens or self.expert == "layer", "dispatch", law)
         products = "must be auto or loop with expert: layer, which has no grouped product, got grouped"
         require(self.expert != "layer" or self.dispatch != "grouped", "dispatch", products)
         require(not split or (self.router.selection == "top_k" and self.router.learned), "router.selection", law)
@@ -548,6 +551,8 @@ class TrialConfig:
             known = model.router.diversity == 0 or "experts" not in self.start.load
             law = "must be 0 where experts come from an earlier trial, whose common start is not known, got start.load: experts"
             require(known, "model.router.diversity", law)
+            law = "must be 0 where experts do not train (train.freeze), got freeze=experts"
+            require(model.router.diversity == 0 or "experts" not in self.train.freeze, "model.router.diversity", law)
         # The second computation would come after the merged parameters have been taken out of the block again.
         merged = isinstance(model, TaskMoEConfig) and model.expert == "layer" and model.router.combine == "parameters"
         law = "cannot compute whole layers of merged parameters again (model.router.combine: parameters), got true"

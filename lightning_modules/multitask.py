@@ -1,8 +1,8 @@
 """MultiTaskModule: the only training step, whatever the family, the mixture and the number of workers."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning
@@ -90,20 +90,21 @@ class MultiTaskModule(lightning.LightningModule):
         if routers is not None:
             routers.begin(self.completed)
             totals = torch.tensor(self.batches.totals(self.completed), dtype=torch.float32, device=self.device)
-        routed: list[Record] = []
+        used: dict[int, Tensor] = {}
         for batch in batches:
             records: list[Record] = []
             loss = self._loss(batch, records)
             if routers is not None and totals is not None:
                 added = routers.loss(records, totals)
                 loss = loss if added is None else loss + added
-                if routers.observes or self._starts:
-                    routed += [replace(record, routing=record.routing.detached()) for record in records]
+                routers.observe(records)
+                if self._starts:
+                    _mark_used(used, records)
             self.manual_backward(loss)
-        self._step_backward(routed)
+        self._step_backward(used)
         self._apply_gradients()
         if routers is not None:
-            routers.finish(routed, sum_over_workers)
+            routers.finish(sum_over_workers)
             routers.begin(self.completed + 1)
         if self.weights.observes:
             self.weights.observe({task: mean for task, mean in enumerate(self._step.means()) if mean is not None})
@@ -133,15 +134,15 @@ class MultiTaskModule(lightning.LightningModule):
     def _router(self) -> RouterConfig | None:
         return None if isinstance(self.trial.model, DenseConfig) else self.trial.model.router
 
-    def _step_backward(self, routed: Sequence[Record]) -> None:
+    def _step_backward(self, used: Mapping[int, Tensor]) -> None:
         """Add the gradients of the losses that belong to the step as a whole (a worker may lack some of its tasks)."""
         routers = self.network.routers
         if routers is None or self._router is None:
             return
         losses = []
-        if (own := routers.step_loss(self.batches.tasks_of(self.completed))) is not None:
+        if (own := routers.step_loss(self.batches.trained)) is not None:
             losses.append(own)
-        if self._router.diversity > 0 and (apart := self._diversity(routed)) is not None:
+        if self._router.diversity > 0 and (apart := self._diversity(used)) is not None:
             losses.append(self._router.diversity * apart)
         if losses:
             self.manual_backward(torch.stack(losses).sum() / self.gang.world_size)
@@ -153,24 +154,22 @@ class MultiTaskModule(lightning.LightningModule):
         routed = self.network.routed().items()
         return {block: [[p.detach().clone() for p in e.parameters()] for e in module.experts] for block, module in routed}
 
-    def _diversity(self, routed: Sequence[Record]) -> Tensor | None:
+    def _diversity(self, used: Mapping[int, Tensor]) -> Tensor | None:
         """The diversity loss, mean over the blocks, of the experts that the step uses (the others stand still, and with them
         the blocks that it does not use, as a decoder's); None: it uses none."""
         losses, blocks = [], self.network.routed()
         for block, module in blocks.items():
-            pairs = [(module.experts[e].parameters(), self._starts[block][e]) for e in self._experts_used(block, routed)]
+            pairs = [(module.experts[e].parameters(), self._starts[block][e]) for e in self._experts_used(block, used)]
             if pairs:
                 losses.append(diversity([[p - start for p, start in zip(*pair, strict=True)] for pair in pairs]))
         return torch.stack(losses).sum() / len(blocks) if losses else None
 
-    def _experts_used(self, block: int, routed: Sequence[Record]) -> list[int]:
+    def _experts_used(self, block: int, used: Mapping[int, Tensor]) -> list[int]:
         """Experts of the block that some unit of the step chose, on any worker."""
-        count = len(self.network.routed()[block].experts)
-        used = torch.zeros(count + 1, device=self.device)
-        for record in routed:
-            if record.block == block:
-                used[record.routing.chosen.flatten()] = 1.0
-        return sum_over_workers(used)[:count].nonzero().flatten().tolist()
+        assert self.network.routers is not None
+        own = used.get(block)
+        own = torch.zeros(self.network.routers.experts[block] + 1, device=self.device) if own is None else own
+        return sum_over_workers(own)[:-1].nonzero().flatten().tolist()
 
     @property
     def _even(self) -> bool:
@@ -220,6 +219,13 @@ def parameter_groups(network: nn.Module, config: TrialConfig) -> list[dict[str, 
         }
         for (part, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
+
+
+def _mark_used(used: dict[int, Tensor], records: Sequence[Record]) -> None:
+    """Set 1 in the (E + 1,) of each block for every expert that was chosen, in the last place where none was."""
+    for record in records:
+        weights, chosen = record.routing.weights, record.routing.chosen
+        used.setdefault(record.block, weights.new_zeros(weights.shape[1] + 1))[chosen.flatten()] = 1.0
 
 
 def _losses_of_units(batch: Batch, losses: Sequence[Tensor], record: Record) -> Tensor:

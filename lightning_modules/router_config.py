@@ -187,7 +187,11 @@ class RouterConfig:
             law = f"applies to learned routers ({', '.join(LEARNED)}), got kind={self.kind!r}, selection={self.selection!r}"
             require(self.selection in (fixed, "top_k"), "selection", law)
             object.__setattr__(self, "selection", fixed)
-            object.__setattr__(self, "top_k", 1)
+        # What says the same as a default must not make another trial of it.
+        if self.weighting == ("straight_through" if self.top_k == 1 else "renormalise") and self.selection == "top_k":
+            object.__setattr__(self, "weighting", "auto")
+        if self.train_task_vectors is (self.task_vectors == "id"):
+            object.__setattr__(self, "train_task_vectors", None)
         for name, (applies, where) in _APPLIES.items():
             value, default = getattr(self, name), _DEFAULTS[name]
             given = f"got kind={self.kind!r}, selection={self.selection!r}, {name}={value!r}"
@@ -294,17 +298,21 @@ _APPLIES: dict[str, Any] = {
         lambda r: r.conditioning == "mlp" or (r.kind == "task" and r.network != "logits"),
         "task networks and conditioning: mlp",
     ),
+    "top_k": (lambda r: _learned(r) and r.selection == "top_k", "learned routers with selection: top_k"),
     "weighting": (lambda r: _learned(r) and r.selection == "top_k", "learned routers with selection: top_k"),
+    "combine": (lambda r: _learned(r) or r.kind == "uniform", "learned routers and kind: uniform"),
     "score": (_learned, "learned routers"),
     "draw": (lambda r: r.kind == "task" and r.selection in ("gumbel", "gumbel_st", "skills"), "kind: task that draws"),
     "temperature": (_learned, "learned routers"),
-    "temperature_min": (_learned, "learned routers"),
+    "temperature_min": (lambda r: r.temperature_decay > 0, "a temperature that decays"),
     "temperature_decay": (_learned, "learned routers"),
-    "init_std": (_learned, "learned routers"),
+    "init_std": (lambda r: _learned(r) and r.selection != "slots", "learned routers but slots"),
     "lr_scale": (_learned, "learned routers"),
-    "noise": (_sees, "kind: example and token"),
+    "noise": (lambda r: _sees(r) and r.selection != "slots", "kind: example and token, but slots"),
     "noise_scale": (lambda r: r.noise == "jitter", "noise: jitter"),
-    "normalise": (lambda r: _sees(r) and r.conditioning in ("none", "per_task"), "kind: example and token without vectors"),
+    "normalise": (lambda r: _sees(r) and r.conditioning in ("none", "per_task") and r.selection != "slots",
+        "kind: example and token without vectors, but slots",
+    ),
     "expert_dropout": (lambda r: _learned(r) and r.selection != "slots", "learned routers but slots"),
     "capacity": (
         lambda r: r.kind == "token" and r.selection in ("top_k", "expert_choice", "task_expert_choice"),
@@ -319,7 +327,10 @@ _APPLIES: dict[str, Any] = {
     "balance_weight": (lambda r: r.balance in ("load", "cv"), "balance: load and cv"),
     "balance_scope": (lambda r: r.balance != "none", "routers with a balance"),
     "balance_window": (
-        lambda r: _sees(r) and (r.balance != "none" or r.mutual_information > 0), "kind: example and token that balance"
+        lambda r: _sees(r) and (
+            (r.balance in ("load", "cv") and r.balance_scope != "microbatch") or r.mutual_information > 0
+        ),
+        "kind: example and token with balance: load or cv (but microbatch), or mutual_information",
     ),
     "bias_rate": (lambda r: r.balance == "bias", "balance: bias"),
     "mutual_information": (_learned, "learned routers"),

@@ -26,6 +26,8 @@ _BY_NUMBER = re.compile(r"(heads\.|routers\.blocks\.\d+\.(?:weights|biases)\.)(\
 """Tensors of one task, whose number is in their name."""
 _OF_A_TRIAL = re.compile(r"routers\.(step|tables\.\d+\.(share|mass|seen|weight))")
 """What belongs to the steps of one trial: no later one takes it."""
+_OF_TRAINING = re.compile(r"routers\.blocks\.\d+\.(noise_weight|baseline\..*)")
+"""What a router needs only while it draws: the size of its noise, the baseline of its policy."""
 _BIAS = re.compile(r"routers\.tables\.\d+\.bias")
 """Selection biases, zero in a router that balances otherwise."""
 
@@ -140,6 +142,8 @@ def load_parts(
 
 
 def _is_taken(name: str, state: Mapping[str, Tensor]) -> bool:
+    if _OF_TRAINING.fullmatch(name):
+        return False
     if _BIAS.fullmatch(name):
         return name in state and bool(state[name].any())
     return _OF_A_TRIAL.fullmatch(name) is None

@@ -187,7 +187,9 @@ def routed(config: TrialConfig, kind: Literal["random", "uniform"]) -> TrialConf
     model = config.model
     if isinstance(model, DenseConfig) or (isinstance(model, TaskMoEConfig) and model.expert == "ffn_split"):
         return None
-    router = RouterConfig(kind=kind, selection="soft" if kind == "uniform" else "top_k", combine=model.router.combine)
+    router = RouterConfig(kind="random")
+    if kind == "uniform":
+        router = RouterConfig(kind="uniform", selection="soft", combine=model.router.combine)
     changed: ModelConfig = replace(model, router=router)
     return _rerouted(config, changed)
 

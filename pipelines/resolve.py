@@ -321,6 +321,9 @@ def _unfit(earlier: TrialConfig, later: TrialConfig) -> str:
         return (
             "cannot take a router with one-hot task vectors, whose entries are the tasks' numbers, from a trial of other tasks"
         )
+    slotted = [_setting(config, "model.router.selection") == "slots" for config in (earlier, later)]
+    if slotted[0] != slotted[1]:
+        return "cannot take a router that has slots (selection: slots) on one side only"
     biased = [_setting(config, "model.router.balance") == "bias" for config in (earlier, later)]
     if biased[0] != biased[1]:
         return "cannot take a router whose selection is biased (balance: bias) on one side only: its routes would be others"
@@ -330,7 +333,7 @@ def _unfit(earlier: TrialConfig, later: TrialConfig) -> str:
 _ROUTED = ("model.family", "model.num_experts", "model.layers")
 _SHAPING = {
     "router": (*_ROUTED, *(f"model.router.{name}" for name in (
-        "kind", "conditioning", "network", "task_vectors", "task_vector_size", "hidden_size", "normalise"))),
+        "kind", "conditioning", "network", "task_vectors", "task_vector_size", "hidden_size", "normalise", "slots"))),
     "experts": (*_ROUTED, "model.expert", "model.shared_experts", "model.bottleneck", "backbone.name", "backbone.size"),
     "backbone": ("backbone.name", "backbone.revision", "backbone.size", "model.family", "model.layers", "model.ffn_multiple",
                  "model.expert"),

@@ -76,9 +76,11 @@ class Snapshot:
 
 
 def snapshot(arrays: Mapping[str, np.ndarray]) -> Snapshot:
-    """What the arrays of one evaluation say, for the tasks that were routed at every block."""
-    blocks = arrays["blocks"].tolist()
-    met = np.all([arrays[f"weights/{block}"].sum(1) > 0 for block in blocks], axis=0)
+    """What the arrays of one evaluation say of the tasks that were routed, at the blocks that all of these passed: a decoder's
+    blocks are left out where some task does not pass them, and so are blocks with one expert, where nothing is routed."""
+    routed = {block: arrays[f"weights/{block}"].sum(1) > 0 for block in arrays["blocks"].tolist()}
+    met = np.any(list(routed.values()), axis=0)
+    blocks = [block for block, tasks in routed.items() if tasks.any() and tasks[met].all()]
     units = {block: arrays[f"units/{block}"][met] for block in blocks}
     return Snapshot(
         tasks=tuple(arrays["tasks"][met].tolist()),
@@ -113,6 +115,7 @@ def collect(trials: Iterable[Planned], storage: Path) -> list[RoutedTrial]:
         if not files or len(trial.config.mixture.tasks) < 2 or folder.result() is None:
             continue
         steps = {step: snapshot(read_arrays(path)) for step, path in files.items()}
+        # Without a common block the tables are empty, and there is nothing to compare.
         if all(table.shape[1] == 1 for of_step in steps.values() for table in of_step.tables.values()):
             continue
         found.append(RoutedTrial(trial_id=trial.trial_id, configuration=trial.configuration, seed=trial.seed, steps=steps))

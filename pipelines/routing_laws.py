@@ -114,13 +114,9 @@ def _check_blocks(routed: Routed) -> None:
 
 def _check_losses(routed: Routed) -> None:
     router, mixture = routed.router, routed.mixture
-    if router.kind == "task" and mixture.tasks_per_step == 1:
-        for name, off in (("mutual_information", 0.0), ("balance", "none")):
-            if (value := getattr(router, name)) != off:
-                law = (
-                    "has no gradient with kind: task and one task per step (mixture.tasks_per_step=1): every step's only task "
-                )
-                raise _refuse(f"router.{name}", f"{law}counts for all, got {value}")
+    if router.balance == "bias" and mixture.tasks_per_step == 1:
+        law = "cannot be bias with one task per step (mixture.tasks_per_step=1), which would push it off its experts"
+        raise _refuse("router.balance", law)
     if router.consistency > 0 and not routed.posed:
         for name in mixture.tasks:
             if (kind := routed.specs[name].kind) in STRUCTURED:

@@ -77,6 +77,7 @@ BOTH_WAYS = {
     f"{name}-{combine}": replace(router, combine=combine)
     for name, router in ROUTERS.items()
     for combine in ("outputs", "parameters")
+    if (name, combine) != ("random", "parameters")  # one expert at weight 1: nothing to combine
 }
 
 

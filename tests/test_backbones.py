@@ -258,7 +258,7 @@ def install(backbone: Backbone, place: str, num_experts: int = 1, noise: float =
 def routers_of(backbone: Backbone, num_experts: int, **settings: Any) -> Routers:
     """Task routers for two tasks at all blocks; they hang at the backbone, so that their gradients are found."""
     config = RouterConfig(**{"init_std": 1.0, **settings})
-    sites = Sites(dict.fromkeys(range(backbone.num_blocks), num_experts), 16, VOCAB, 1)
+    sites = Sites(dict.fromkeys(range(backbone.num_blocks), num_experts), 16, VOCAB, 1, backbone.num_encoder_blocks)
     routers = Routers(config, sites, ["a", "b"], None, seed=3)
     backbone.add_module("routers", routers)
     return routers

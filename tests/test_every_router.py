@@ -174,3 +174,39 @@ def test_the_temperature_is_a_function_of_the_step_alone() -> None:
     router = RouterConfig(temperature=300.0, temperature_min=1.0, temperature_decay=1e-4)
     assert router.temperature_at(15000) == pytest.approx(66.9, abs=0.1)
     assert router.temperature_at(45000) == pytest.approx(3.33, abs=0.01) and router.temperature_at(60000) == 1.0
+
+
+@pytest.mark.parametrize("name", ["random", "hash_token", "hash_example", "task_id", "cluster", "category"])
+def test_who_did_not_use_a_masked_expert_keeps_the_route(name: str) -> None:
+    network = scored(tiny_network(TaskMoEConfig(router=CATALOGUE[name])))
+    assert network.routers is not None
+    before = [record.routing for record in routed(network)]
+    network.routers.masked = {0: {1}, 1: {1}}
+    for was, record in zip(before, routed(network), strict=True):
+        kept = was.chosen[:, 0] != 1
+        assert kept.any() and torch.equal(record.routing.weights[kept], was.weights[kept])
+
+
+def test_the_load_of_tasks_is_that_of_all_that_are_trained() -> None:
+    """Over the two tasks of a step, four experts could not be balanced without every task using all of them."""
+    router = RouterConfig(balance="load", balance_weight=1.0)
+    network = tiny_network(TaskMoEConfig(router=router))
+    assert network.routers is not None and network.routers.network is not None
+    with torch.no_grad():
+        for rows in network.routers.network.parameters():
+            rows.copy_(30 * torch.eye(4))
+    own = network.routers.step_loss(TASKS)
+    assert own is not None and own.item() == pytest.approx(1.0, abs=1e-5)
+    few = network.routers.step_loss([0, 1])
+    assert few is not None and few.item() == pytest.approx(2.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("selection", ["soft", "gumbel", "skills"])
+def test_the_load_of_soft_weights_is_what_each_expert_contributes(selection: str) -> None:
+    network = tiny_network(TaskMoEConfig(router=RouterConfig(selection=selection, balance="load", balance_weight=1.0)))
+    assert network.routers is not None and network.routers.network is not None
+    with torch.no_grad():
+        for rows in network.routers.network.parameters():
+            rows.copy_(torch.tensor([30.0, -30.0, -30.0, -30.0]).expand(4, -1))
+    loss = network.routers.eval().step_loss(TASKS)
+    assert loss is not None and loss.item() == pytest.approx(4.0, abs=1e-4)

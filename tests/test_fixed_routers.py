@@ -260,7 +260,10 @@ def test_cluster_recovers_separated_clusters_and_its_state_survives(seed: int) -
     trained(router, range(5))
     assert same_partition(router(x).chosen.squeeze(-1), true)
     cosines = functional.cosine_similarity(x.unsqueeze(1), router.centroids.unsqueeze(0), dim=-1)
-    torch.testing.assert_close(router(x).logits, cosines)
+    assert torch.equal(router(x).chosen.squeeze(-1), cosines.argmax(-1))
+    banned = cosines.clone()
+    banned[:, 0] = -2
+    assert torch.equal(router(x, {0}).chosen.squeeze(-1), banned.argmax(-1))
 
     other = ClusterRouter(3, WIDTH, 1, seed + 1)
     other.load_state_dict(router.state_dict())

@@ -163,6 +163,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "mixture.weights": {"mixture.sampling": "weights"},
     "mixture.adapt_every": {"mixture.sampling": "adaptive"},
     "data.draw": {"data.few_shot": 4},
+    "model.dispatch": {"model.router.kind": "token"},
     "start.trial": {"start.load": ["backbone"]},
     "start.changes": {"start.load": ["backbone"]},
     **{
@@ -170,7 +171,8 @@ NEEDS: dict[str, dict[str, Any]] = {
         for names, needed in {
             "conditioning noise normalise": {"kind": "example"},
             "noise_scale": {"kind": "example", "noise": "jitter"},
-            "task_vectors task_vector_size train_task_vectors": {"network": "linear"},
+            "task_vectors task_vector_size": {"network": "linear"},
+            "train_task_vectors": {"network": "linear", "task_vectors": "random"},
             "hidden_size": {"network": "linear"},
             "descriptions": {"network": "linear", "task_vectors": "description"},
             "draw": {"selection": "gumbel_st"},
@@ -187,6 +189,7 @@ NEEDS: dict[str, dict[str, Any]] = {
             "consistency": {"kind": "random_example", "selection": "top_k"},
             "donors": {"unseen": "nearest_category"},
             "temperature_decay": {"temperature_min": 0.1},
+            "temperature_min": {"temperature_decay": 0.1},
             "combine": {"selection": "soft"},
         }.items()
         for name in names.split()
@@ -403,7 +406,7 @@ def test_routed_controls_keep_the_experts_and_forget_the_learned_router() -> Non
     moe = trial(model={"family": "task_moe", "num_experts": 8, "layers": [1], "router": router})
     random, uniform = routed(moe, "random"), routed(moe, "uniform")
     assert random is not None and uniform is not None
-    assert random.model == TaskMoEConfig(num_experts=8, layers=(1,), router=RouterConfig(kind="random", combine="parameters"))
+    assert random.model == TaskMoEConfig(num_experts=8, layers=(1,), router=RouterConfig(kind="random"))
     assert isinstance(uniform.model, TaskMoEConfig)
     assert uniform.model.router == RouterConfig(kind="uniform", selection="soft", combine="parameters")
     assert routed(trial(), "random") is None

@@ -239,3 +239,18 @@ def test_a_tracked_trial_has_a_picture_of_its_routes(tmp_path: Path, monkeypatch
     assert seen == [("run", "routes.png", b"\x89PNG")]
     assert metric_name("route/task/toy/a b/eff_experts") == "route/task/toy/a b/eff_experts"
     assert metric_name("route/3/mi_null_p") == "route/3/mi_null_p"
+
+
+def test_blocks_that_some_routed_task_does_not_pass_are_left_out() -> None:
+    both, half, none = (
+        np.array([[0.5, 0.5], [1.0, 0.0], [0.0, 0.0]]),
+        np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]),
+        np.zeros((3, 2)),
+    )
+    arrays = {"tasks": np.array(["a", "b", "c"]), "blocks": np.array([0, 1, 2])}
+    for block, table in enumerate((both, half, none)):
+        units = table.sum(1)
+        arrays |= {f"weights/{block}": table, f"q/{block}": table, f"units/{block}": units, f"entropy/{block}": units * 0}
+    found = routes.snapshot(arrays)
+    assert found.tasks == ("a", "b") and list(found.tables) == [0]
+    np.testing.assert_array_equal(found.tables[0], both[:2])

@@ -220,7 +220,7 @@ def build_network(
             if task.kind == "text2text" and not backbone.is_seq2seq:
                 law = f"must have a decoder ({', '.join(SEQ2SEQ)}) for the text2text task {task.name}"
                 raise ConfigError("backbone.name", f"{law}, got {config.backbone.name!r}")
-        routers = _install(backbone, config, [task.name for task in tasks], vectors)
+        routers = _install(backbone, config, tasks, vectors)
         if config.train.compile:
             backbone.compile_blocks()
         heads = [_head(task, backbone.hidden_size, config) for task in tasks]
@@ -250,7 +250,7 @@ def count_parameters(network: MultiTaskNetwork, num_tasks: int) -> dict[str, int
     }
 
 
-def _install(backbone: Backbone, config: TrialConfig, names: Sequence[str], vectors: Tensor | None) -> Routers | None:
+def _install(backbone: Backbone, config: TrialConfig, tasks: Sequence[HeadSpec], vectors: Tensor | None) -> Routers | None:
     """Put the family's modules at the seams; the routers that they ask, None for dense."""
     model, seed = config.model, config.seed
     if isinstance(model, DenseConfig):
@@ -261,8 +261,9 @@ def _install(backbone: Backbone, config: TrialConfig, names: Sequence[str], vect
     else:
         experts = adapter_moe.install(backbone, model, seed)
     vocabulary = backbone.model.config.vocab_size
-    sites = Sites(experts, backbone.hidden_size, vocabulary, config.train.steps)
-    return Routers(model.router, sites, names, vectors, seed)
+    sites = Sites(experts, backbone.hidden_size, vocabulary, config.train.steps, backbone.num_encoder_blocks)
+    decoded = [number for number, task in enumerate(tasks) if task.kind == "text2text"]
+    return Routers(model.router, sites, [task.name for task in tasks], vectors, seed, decoded)
 
 
 def _head(task: HeadSpec, hidden_size: int, config: TrialConfig) -> TaskHead | None:

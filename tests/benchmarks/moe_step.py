@@ -247,7 +247,7 @@ def token_blocks(bench: Bench) -> None:
     rows: Rows = ((0, 0, BLOCK_TOKENS // bench.length),)
     for count in (8, 32):
         config = RouterConfig(kind="token", top_k=2)
-        sites = Sites({0: count}, bench.hidden, bench.vocabulary, 1)
+        sites = Sites({0: count}, bench.hidden, bench.vocabulary, 1, 1)
         routers = Routers(config, sites, ["task"], None, 0).to(bench.device)
         experts = RoutedExperts(0, [bench.feed_forward(bench.ffn // 2) for _ in range(count)], "outputs").to(bench.device)
         mask = torch.ones(rows[0][2], bench.length, dtype=torch.long, device=bench.device)

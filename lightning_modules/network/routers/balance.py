@@ -170,9 +170,11 @@ def auxiliary_loss(
 
 
 def exact_loss(config: RouterConfig, routing: Routing, own: Tensor) -> Tensor:
-    """The router's losses at one block where ``routing`` holds the step's R distinct tasks, each counting 1/R.
+    """The router's losses at one block where ``routing`` holds the R tasks that are trained, each counting 1/R.
 
-    Nothing is averaged over steps: f (without gradient), P and the information are those of the R tasks.
+    Nothing is averaged over steps: f (without gradient), P and the information are those of the R tasks. These must be all that
+    share the experts: over the few tasks of one step, fewer than the experts, a balanced load would forbid each task an expert
+    of its own.
 
     Args:
         own: (R,) int64, the expert of each of the tasks that ``supervision`` asks for.
@@ -212,8 +214,12 @@ def diversity(deltas: Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 def _assigned(routing: Routing, num_experts: int) -> Tensor:
-    """(U, E) one where the unit asked for the expert."""
+    """(U, E) one where the unit asked for the expert; of units that all experts serve, what each contributes."""
     wanted = routing.chosen if routing.wanted is None else routing.wanted
+    if routing.wanted is None and wanted.shape[1] == num_experts:
+        # Counted, all experts would always be used alike and the load would be balanced by definition.
+        weights = routing.weights.detach()
+        return weights / weights.sum(-1, keepdim=True).clamp_min(_TINY)
     spare = wanted.masked_fill(wanted < 0, num_experts)
     return routing.weights.new_zeros(len(wanted), num_experts + 1).scatter(-1, spare, 1.0)[:, :num_experts]
 

@@ -3,7 +3,7 @@
 Catalogue: specs/task_aware_gating.md 8, rows 1-6, 25 and 27. Legend: U units, T tasks, E experts, B rows, S positions, d width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -138,11 +138,12 @@ class ClusterRouter(nn.Module):
         self._first_rows: list[Tensor] = []
         self._sums: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Routing:
-        """(U, d) mean states of any dtype -> routing of U rows; logits are cosines."""
+    def forward(self, x: Tensor, banned: Collection[int] = ()) -> Routing:
+        """(U, d) mean states of any dtype -> routing of U rows, to none of the experts ``banned``."""
         cosines = self._cosines(x.detach())
-        routing = _certain(cosines.argmax(-1), len(self.centroids))
-        return Routing(routing.weights, routing.chosen, cosines.softmax(-1), cosines)
+        if banned:
+            cosines = cosines.index_fill(-1, torch.tensor(sorted(banned), device=cosines.device), -torch.inf)
+        return _certain(cosines.argmax(-1), len(self.centroids))
 
     def observe(self, x: Tensor) -> None:
         """Add (U, d) mean states to this step's sums; nothing when scoring."""

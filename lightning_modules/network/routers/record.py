@@ -36,16 +36,10 @@ class Routing:
     ``random_example`` in training, the weights of the experts' last projection where it has a draw of its own; ``dispatch``
     and ``combine`` (B, S, P) of ``slots``, P = E times slots, expert by expert."""
 
-    def detached(self) -> "Routing":
-        """The same without gradients."""
-        return Routing(
-            self.weights.detach(),
-            self.chosen,
-            self.probabilities.detach(),
-            self.logits.detach(),
-            self.wanted,
-            {name: tensor.detach() for name, tensor in self.terms.items()},
-        )
+    def rows(self, index: Tensor) -> "Routing":
+        """The routing of the units ``index`` (V,) alone; of routers without terms."""
+        wanted = None if self.wanted is None else self.wanted[index]
+        return Routing(self.weights[index], self.chosen[index], self.probabilities[index], self.logits[index], wanted)
 
 
 @dataclass(frozen=True)

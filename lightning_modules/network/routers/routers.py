@@ -6,7 +6,7 @@ E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,6 +44,8 @@ class Sites:
     vocab_size: int
     steps: int
     """Optimiser steps of the trial."""
+    encoder_blocks: int
+    """Blocks of the encoder; those after it are the decoder's."""
 
 
 class Routers(nn.Module):
@@ -51,9 +53,17 @@ class Routers(nn.Module):
 
     step: Tensor
 
-    def __init__(self, config: RouterConfig, sites: Sites, names: Sequence[str], vectors: Tensor | None, seed: int) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        sites: Sites,
+        names: Sequence[str],
+        vectors: Tensor | None,
+        seed: int,
+        decoded: Collection[int] = (),
+    ) -> None:
         """``names``: of the T tasks in order; ``vectors`` (T, width): task vectors that were computed, see
-        :mod:`lightning_modules.task_vectors`."""
+        :mod:`lightning_modules.task_vectors`; ``decoded``: the tasks that the decoder answers, which alone pass its blocks."""
         super().__init__()
         self.config, self.experts, self.names = config, dict(sites.experts), list(names)
         self.masked: dict[int, set[int]] = {}
@@ -61,6 +71,7 @@ class Routers(nn.Module):
         self.swapped: dict[int, int] = {}
         """Task -> the task whose route it takes (swap)."""
         self._seed, self._steps, self._at = seed, sites.steps, 0
+        self._encoder_blocks, self._decoded = sites.encoder_blocks, frozenset(decoded)
         self._given = vectors
         self._drawn: dict[tuple[int, str], Tensor] = {}
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -100,7 +111,8 @@ class Routers(nn.Module):
             case _:
                 width = self.vectors.width if self.vectors is not None else 0
                 self.blocks[key] = Gate(config, sites.hidden_size, count, len(self.names), width, block, self._seed)
-        if config.learned and (config.balance != "none" or config.mutual_information):
+        balances = config.balance != "none" and config.balance_scope != "microbatch"
+        if config.learned and (balances or config.mutual_information):
             self.tables[key] = RunningTables(len(self.names), count, config.balance_window)
 
     # -- the course of training ----------------------------------------------------------------------------------------
@@ -112,23 +124,20 @@ class Routers(nn.Module):
         self._drawn.clear()
 
     @property
-    def observes(self) -> bool:
-        """Whether :meth:`finish` reads the records."""
-        return len(self.tables) > 0
-
-    @property
     def temperature(self) -> float:
         """The temperature of the step that was begun."""
         return self.config.temperature_at(self._at)
 
-    def finish(self, records: Sequence[Record], reduce: Callable[[Tensor], Tensor]) -> None:
-        """After a step: update the running tables, selection biases and centroids from its ``records``; ``reduce`` sums a
-        tensor over all workers."""
-        rate = self.config.bias_rate if self.config.balance == "bias" else 0.0
-        rate *= 1.0 - 0.9 * self._at / max(1, self._steps)
+    def observe(self, records: Sequence[Record]) -> None:
+        """Count a forward of a step in the running tables. No loss sees it before the step is finished."""
         for record in records:
             if (table := self._table(record.block)) is not None:
                 table.observe(record.units, record.routing)
+
+    def finish(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """After a step: update the running tables, selection biases and centroids; ``reduce`` sums over all workers."""
+        rate = self.config.bias_rate if self.config.balance == "bias" else 0.0
+        rate *= 1.0 - 0.9 * self._at / max(1, self._steps)
         for block in self.experts:
             if (table := self._table(block)) is not None:
                 table.update(reduce, rate, self.config.balance_scope)
@@ -194,13 +203,19 @@ class Routers(nn.Module):
         return self.network(task_ids)
 
     def records_of_tasks(self) -> list[Record]:
-        """A record of every block for all T tasks, as scoring would route them; [] if a route depends on more than the task."""
-        task_ids = torch.tensor([self.swapped.get(task, task) for task in range(len(self.names))], device=self.step.device)
-        units = _units_of_rows(tuple((task, task, task + 1) for task in range(len(task_ids))), task_ids.device)
+        """A record of every block for all T tasks that pass it, as scoring would route them; [] if a route depends on more than
+        the task."""
+        device = self.step.device
         training = self.training
         self.eval()
+        records = []
         with torch.no_grad():
-            records = [Record(block, units, routing) for block, routing in self.of_tasks(task_ids).items()]
+            asked = torch.tensor([self.swapped.get(task, task) for task in range(len(self.names))], device=device)
+            for block, routing in self.of_tasks(asked).items():
+                passing = [task for task in range(len(self.names)) if self._passes(task, block)]
+                if passing:
+                    units = _units_of_rows(tuple((task, i, i + 1) for i, task in enumerate(passing)), device)
+                    records.append(Record(block, units, routing.rows(units.task)))
         self.train(training)
         return records
 
@@ -246,11 +261,15 @@ class Routers(nn.Module):
         return logits.index_fill(-1, torch.tensor(banned, device=logits.device), -torch.inf)
 
     def _masked_fixed(self, block: int, routing: Routing) -> Routing:
-        """A fixed routing without the masked experts; who had none but those gets all others alike."""
-        if not self.masked.get(block):
+        """A fixed routing without the masked experts: who has others keeps those, who had none but masked ones gets all others
+        alike."""
+        banned = self.masked.get(block)
+        if not banned:
             return routing
         logits = self._allowed(block, routing.logits)
-        weights = logits.softmax(-1)
+        left = routing.weights.index_fill(-1, torch.tensor(sorted(banned), device=logits.device), 0.0)
+        total = left.sum(-1, keepdim=True)
+        weights = torch.where(total > 0, left / total.clamp_min(torch.finfo(left.dtype).tiny), logits.softmax(-1))
         return replace(
             routing, weights=weights, chosen=weights.argsort(-1, descending=True), probabilities=weights, logits=logits
         )
@@ -292,7 +311,7 @@ class Routers(nn.Module):
             states = traffic.means(hidden)
             if self.training and not traffic.closed:
                 router.observe(states)
-            routing = router(states)
+            return Route(traffic.rows, units, router(states, self.masked.get(block, ())))
         else:
             return Route(traffic.rows, units, self._gated(block, traffic.means(hidden), units, traffic))
         return Route(traffic.rows, units, self._masked_fixed(block, routing))
@@ -349,12 +368,23 @@ class Routers(nn.Module):
         return torch.stack(losses).sum() / len(self.experts)
 
     def step_loss(self, tasks: Sequence[int]) -> Tensor | None:
-        """What task-level routers add to the loss of a step that holds the distinct ``tasks``, mean over the routed blocks."""
+        """What task-level routers add to the loss of a step, mean over the routed blocks; ``tasks``: all that are trained."""
         if self.config.kind != "task" or not self.config.auxiliary:
             return None
         task_ids = torch.tensor(tasks, device=self.step.device)
-        losses = [exact_loss(self.config, routing, self.own[task_ids]) for routing in self.of_tasks(task_ids).values()]
-        return torch.stack(losses).mean()
+        losses = []
+        for block, routing in self.of_tasks(task_ids).items():
+            passing = [row for row, task in enumerate(tasks) if self._passes(task, block)]
+            if passing:
+                of_block = (
+                    routing if len(passing) == len(tasks) else routing.rows(torch.tensor(passing, device=task_ids.device))
+                )
+                losses.append(exact_loss(self.config, of_block, self.own[task_ids[passing]]))
+        return torch.stack(losses).mean() if losses else None
+
+    def _passes(self, task: int, block: int) -> bool:
+        """Whether examples of the task pass the block: a decoder's only if the decoder answers the task."""
+        return block < self._encoder_blocks or task in self._decoded
 
     def policy_loss(self, record: Record, losses: Tensor) -> Tensor:
         """REINFORCE for one record: ``losses`` (U,) are those of the units' examples (specs/task_aware_gating.md 8, row 21).
