@@ -43,6 +43,7 @@ CANDIDATES = 4000
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status."""
     options = _parse(arguments)
+    torch.set_num_threads(options.threads)
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
     try:
         probe = Probe(restore(Path(options.storage).resolve(), options.trial), options.split)
@@ -67,6 +68,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         check.add_argument("trial", metavar="TRIAL", help="id of a finished trial (sweep.py --status lists them)")
         check.add_argument("--storage", default="runs", metavar="DIR", help="where trials live (default: ./runs)")
         check.add_argument("--split", default="test", choices=("dev", "test"))
+        check.add_argument("--threads", type=int, default=1, help="of the CPU; small models want one")
         if name == "knockout":
             check.add_argument("--draws", type=int, default=20, help="random routes that each task's own is compared with")
             check.add_argument("--seed", type=int, default=0, help="of the random routes")
