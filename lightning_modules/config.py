@@ -186,8 +186,9 @@ class TaskMoEConfig:
         require(self.expert != "layer" or self.shared_experts == 0, "shared_experts", law)
         law = f"must not route tokens with expert: layer, whose attention needs whole rows, got kind={self.router.kind!r}"
         require(self.expert != "layer" or self.router.kind not in ("token", "hash_token"), "router.kind", law)
-        law = f"must choose by top_k with expert: ffn_split, got kind={self.router.kind!r}, selection={self.router.selection!r}"
         split = self.expert == "ffn_split"
+        law = f"must choose by top_k with expert: ffn_split, got kind={self.router.kind!r}, selection={self.router.selection!r}"
+        require(not split or (self.router.selection == "top_k" and self.router.learned), "router.selection", law)
         merged = f"must be outputs with expert: ffn_split, whose experts hold different units, got {self.router.combine!r}"
         require(not split or self.router.combine == "outputs", "router.combine", merged)
         halves = "must not be random_example with expert: layer, which has no two projections to draw apart"
@@ -197,7 +198,6 @@ class TaskMoEConfig:
         require(self.dispatch == "auto" or tokens or self.expert == "layer", "dispatch", law)
         products = "must be auto or loop with expert: layer, which has no grouped product, got grouped"
         require(self.expert != "layer" or self.dispatch != "grouped", "dispatch", products)
-        require(not split or (self.router.selection == "top_k" and self.router.learned), "router.selection", law)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -501,8 +501,8 @@ class TrainConfig:
 class StartConfig:
     """Start from the final weights of an earlier trial: the later stage of a training in stages (specs/task_moe.md 1.6).
 
-    The earlier trial is this one without its ``start``, with ``changes``, and of the same seed. The plan adds it, and it trains
-    once however many trials start from it, in whatever sweep.
+    The earlier trial is this one without its ``start`` and ``train.freeze``, with ``changes``, and of the same seed. The plan
+    adds it, and it trains once however many trials start from it, in whatever sweep.
     """
 
     load: tuple[Part, ...] = ()
@@ -564,6 +564,9 @@ class TrialConfig:
             if isinstance(self.model, DenseConfig):
                 law = f"must not name what a dense network lacks (router, experts), got {list(parts)}"
                 require(not {"router", "experts"} & set(parts), key, law)
+        there = {"heads", "backbone"} | (set() if isinstance(self.model, DenseConfig) else {"router", "experts"})
+        law = f"must leave something to train, got {list(self.train.freeze)}"
+        require(not there <= set(self.train.freeze), "train.freeze", law)
         if isinstance(self.model, DenseConfig) or "router" not in self.train.freeze:
             return
         router = self.model.router

@@ -224,7 +224,10 @@ def _changed(plain: Mapping[str, Any], changes: Mapping[str, Any], prefix: str) 
         if not is_trial_key(key):
             law = "must not be set: stages share the seed" if key == "seed" else ""
             raise ConfigError(f"{prefix}.{key}", law or unknown_key(key, sorted(trial_keys())).law)
-    return _assign_all({key: value for key, value in plain.items() if key != "start"}, changes)
+    before = {key: value for key, value in plain.items() if key != "start"}
+    # What a later stage keeps still is what the earlier one is there to train.
+    before["train"] = {key: value for key, value in (plain.get("train") or {}).items() if key != "freeze"}
+    return _assign_all(before, changes)
 
 
 def _of_changes(error: ConfigError, changes: Mapping[str, Any], prefix: str) -> ConfigError:

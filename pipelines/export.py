@@ -218,6 +218,9 @@ def _note(kind: str, config: TrialConfig, states: str) -> str:
         case "text2text":
             answer = f"num_beams={config.generation.beams}, max_new_tokens={config.backbone.max_target_length}"
             return f"no head: model.generate(..., {answer}, length_penalty={config.generation.length_penalty})"
+        case "tagging":
+            word = "the mean of the last hidden states of a word's tokens"
+            return f"logits of a word = linear.weight @ w + linear.bias with w = {word}; logit i belongs to labels[i]"
     return f"the head is lightning_modules.network.model.HEADS[{kind!r}], built from this file's settings"
 
 

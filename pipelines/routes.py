@@ -432,7 +432,8 @@ def _summary(name: str, members: Sequence[RoutedTrial], categories: Mapping[str,
         found.append(similarity(table[rows] for table in trial.last.tables.values()))
     labels = [categories.get(task, "") for task in tasks]
     mean = np.mean(found, axis=0)
-    told = len(set(labels)) > 1
+    # With one task in each category any clusters agree, and with one category for all any tasks do.
+    told = 1 < len(set(labels)) < len(labels)
     values = [trial.last.values() for trial in members]
     count = len(set(labels))
     return RouteSummary(

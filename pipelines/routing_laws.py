@@ -214,6 +214,9 @@ def _donors(routed: Routed) -> dict[str, str]:
 def _check_held_out(routed: Routed, router: RouterConfig) -> None:
     """Whether the router has a route for tasks that it never trains on."""
     held_out = routed.mixture.held_out
+    if router.unseen != "none" and not held_out:
+        law = f"applies where mixture.held_out names tasks, got {router.unseen!r} and none"
+        raise _refuse("router.unseen", law)
     if not held_out or router.unseen != "none":
         return
     key = "trial.mixture.held_out"
