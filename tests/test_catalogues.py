@@ -69,7 +69,9 @@ def test_lines_fit_and_headers_are_honest() -> None:
         text = (FOLDER / name).read_text()
         assert max(map(len, text.splitlines())) <= 128, name
         header = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
-        assert name in ("planted.yaml", "ewt.yaml", "local_choice.yaml") or "Written from" in header, name
+        assert name in ("planted.yaml", "planted_groups.yaml", "ewt.yaml", "local_choice.yaml") or "Written from" in header, (
+            name
+        )
 
 
 def test_one_data_set_is_pinned_to_one_commit() -> None:

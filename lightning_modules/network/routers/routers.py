@@ -253,12 +253,14 @@ class Routers(nn.Module):
 
     def _allowed(self, block: int, logits: Tensor) -> Tensor:
         """``logits`` without the experts that are masked."""
+        banned = self._banned(block)
+        return logits if not banned else logits.index_fill(-1, torch.tensor(banned, device=logits.device), -torch.inf)
+
+    def _banned(self, block: int) -> list[int]:
         banned = sorted(self.masked.get(block, ()))
-        if not banned:
-            return logits
-        if len(banned) == logits.shape[-1]:
+        if len(banned) == self.experts[block]:
             raise ValueError(f"block {block}: every expert is masked")
-        return logits.index_fill(-1, torch.tensor(banned, device=logits.device), -torch.inf)
+        return banned
 
     def _masked_fixed(self, block: int, routing: Routing) -> Routing:
         """A fixed routing without the masked experts: who has others keeps those, who had none but masked ones gets all others
@@ -311,7 +313,7 @@ class Routers(nn.Module):
             states = traffic.means(hidden)
             if self.training and not traffic.closed:
                 router.observe(states)
-            return Route(traffic.rows, units, router(states, self.masked.get(block, ())))
+            return Route(traffic.rows, units, router(states, self._banned(block)))
         else:
             return Route(traffic.rows, units, self._gated(block, traffic.means(hidden), units, traffic))
         return Route(traffic.rows, units, self._masked_fixed(block, routing))
