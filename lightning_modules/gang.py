@@ -1,8 +1,10 @@
 """Several workers that train one trial: who they are, how Lightning sees them, and how they add up gradients."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+import lightning
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -78,6 +80,30 @@ class GangStrategy(DDPStrategy):
 
     def __init__(self, gang: Gang) -> None:
         super().__init__(cluster_environment=GangEnvironment(gang))
+
+
+def make_trainer(
+    gang: Gang, gpu: bool = False, precision: Literal["fp32", "bf16"] = "fp32", callbacks: Sequence[lightning.Callback] = ()
+) -> lightning.Trainer:
+    """Lightning's trainer for one worker with one device: one pass over the steps that it is given, and nothing of its own (no
+    logger, checkpoints, progress bar, sampler or rehearsal of validation)."""
+    several = gang.world_size > 1
+    return lightning.Trainer(
+        accelerator="gpu" if gpu else "cpu",
+        devices=1,
+        num_nodes=gang.world_size,
+        strategy=GangStrategy(gang) if several else "auto",
+        plugins=None if several else [GangEnvironment(gang)],
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
+        max_epochs=1,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
 
 
 def sum_gradients(parameters: Iterable[Tensor], even: bool = True) -> None:

@@ -21,6 +21,11 @@ NETWORKS = (
     "logits", "linear", "linear_per_layer", "rnn", "lstm", "gru", "rnn_per_layer", "lstm_per_layer", "gru_per_layer",
     "transformer", "transformer_per_layer",
 )  # fmt: skip
+BY_EXPERTS = ("expert_choice", "task_expert_choice")
+"""Selections in which experts choose tokens."""
+READS_WHOLE_ROWS = (*BY_EXPERTS, "slots")
+"""Selections in which a token's route depends on tokens after it: balanced by construction, but no decoder can generate with
+them."""
 COMPUTED = ("description", "centroid", "text_embedding", "fine_tuned", "fisher")
 """Task vectors that come from the data, so that tasks that are never trained have one."""
 CONDITIONED = ("additive", "mlp", "film", "hyper")
@@ -206,17 +211,17 @@ class RouterConfig:
             require(self.task_vectors in COMPUTED, "task_vectors", law)
         hard = self.selection == "top_k" and self.kind in LEARNED
         if hard and self.init_std == 0:
-            law = "must be positive for a learned top_k router: equal logits send every task to the same expert"
+            law = "must be positive for a learned top_k router: equal logits send every task to the same expert, got 0"
             require(self.noise == "gaussian", "init_std", law)
         law = "must be positive with normalise: weights of length 1 have no direction to start from at zero, got 0"
         require(not self.normalise or self.init_std > 0, "init_std", law)
         if hard and self.top_k == 1:
-            law = "must not be renormalise for a learned router with top_k=1: the weight is 1 and the router has no gradient"
-            require(self.weighting != "renormalise", "weighting", law)
+            law = "must not renormalise a single expert, whose weight would be 1 and give the router no gradient, "
+            require(self.weighting != "renormalise", "weighting", f"{law}got {self.weighting!r} with top_k=1")
         for selection, kind in (("sampled", "example"), ("skills", "task")):
             law = f"{selection} applies to kind: {kind} only, got kind={self.kind!r}"
             require(self.selection != selection or self.kind == kind, "selection", law)
-        for selection in ("expert_choice", "task_expert_choice", "slots"):
+        for selection in READS_WHOLE_ROWS:
             law = f"{selection} applies to kind: token only, got kind={self.kind!r}"
             require(self.selection != selection or self.kind == "token", "selection", law)
         law = "must be outputs for tokens: parameters would merge an expert for every token, got kind={!r}"
@@ -230,7 +235,7 @@ class RouterConfig:
             law = f"must be task_balanced for kind: task, whose units are the step's tasks, got {self.balance_scope!r}"
             require(self.balance_scope == "task_balanced", "balance_scope", law)
         law = f"has no meaning with {self.selection}, which is balanced by construction, got balance={self.balance!r}"
-        by_construction = self.selection in ("expert_choice", "task_expert_choice", "slots")
+        by_construction = self.selection in READS_WHOLE_ROWS
         require(not (by_construction and self.balance != "none"), "balance", law)
         law = "must be softmax: sigmoid and sqrt_softplus scores are for top_k and expert_choice, "
         given = f"got score={self.score!r}, selection={self.selection!r}"
@@ -315,7 +320,7 @@ _APPLIES: dict[str, Any] = {
     ),
     "expert_dropout": (lambda r: _learned(r) and r.selection != "slots", "learned routers but slots"),
     "capacity": (
-        lambda r: r.kind == "token" and r.selection in ("top_k", "expert_choice", "task_expert_choice"),
+        lambda r: r.kind == "token" and r.selection in ("top_k", *BY_EXPERTS),
         "kind: token with selection: top_k and expert choice",
     ),
     "priority": (lambda r: r.capacity is not None and r.selection == "top_k", "selection: top_k with a capacity"),

@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ from lightning_modules.config import (
 from lightning_modules.data.batches import Batch, Part, StepBatches, chosen_rows, collate, eval_batches
 from lightning_modules.data.prepared import TaskData, prepared_folder
 from lightning_modules.data.tokenizer import load_tokenizer, tokenizer_key
-from lightning_modules.gang import Gang, GangEnvironment
+from lightning_modules.gang import Gang, make_trainer
 from lightning_modules.multitask import MultiTaskModule
 from lightning_modules.network.backbones import Backbone, load_backbone
 from lightning_modules.network.experts import Bottleneck
@@ -209,18 +208,7 @@ def train_alone(config: TrialConfig, task: TaskData, device: torch.device) -> Mu
     """The network of ``config`` after its training on ``task``, its only task, in evaluation mode."""
     batches = StepBatches(config, [task])
     module = MultiTaskModule(config, [task], batches)
-    trainer = lightning.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=1,
-        plugins=[GangEnvironment(Gang())],
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-    )
+    trainer = make_trainer(Gang(), gpu=device.type == "cuda")
     trainer.fit(module, map(batches.batches, range(config.train.steps)))
     return module.network.to(device).eval()
 

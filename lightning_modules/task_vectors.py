@@ -21,9 +21,6 @@ from lightning_modules.files import atomic_file
 from lightning_modules.router_config import RouterConfig
 from lightning_modules.task_encoding import STANDARD, Effort, TaskEncoder
 
-SOURCES = ("description", "centroid", "text_embedding", "fine_tuned", "fisher")
-"""Task vectors that are made here; a router makes the others itself."""
-
 ROUNDING = 1e-6
 """Differences between raw vectors below this, relative to their size, are rounding errors of float32."""
 

@@ -8,14 +8,11 @@ from dataclasses import dataclass, replace
 
 from lightning_modules.building import ConfigError
 from lightning_modules.config import AdapterMoEConfig, MixtureConfig, RouterConfig, TaskMoEConfig
+from lightning_modules.data.kinds import STRUCTURED
 from lightning_modules.data.tasks import TaskSpec, select
-from lightning_modules.router_config import ENCODER_ONLY
+from lightning_modules.router_config import ENCODER_ONLY, READS_WHOLE_ROWS
 from pipelines.architecture import Architecture
 
-READS_WHOLE_ROWS = ("expert_choice", "task_expert_choice", "slots")
-"""Selections in which a token's route depends on tokens after it: no decoder can generate with them."""
-STRUCTURED = ("spans", "dependency", "constituency", "srl")
-"""Kinds whose answers have no distribution that two passes could be compared by (``router.consistency``)."""
 GIVEN_VECTORS = ("description", "centroid", "text_embedding", "random")
 """Task vectors that a task has without being trained on."""
 

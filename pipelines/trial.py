@@ -29,7 +29,7 @@ from lightning_modules.data.mixtures import OnlineMixing
 from lightning_modules.data.prepared import TaskData, open_tasks
 from lightning_modules.data.tasks import Split
 from lightning_modules.files import atomic_file
-from lightning_modules.gang import Gang, GangEnvironment, GangStrategy, gather
+from lightning_modules.gang import Gang, gather, make_trainer
 from lightning_modules.measure.evaluation import Evaluation, evaluate
 from lightning_modules.measure.routing import RoutingTally, churn, merge
 from lightning_modules.multitask import MultiTaskModule
@@ -211,23 +211,7 @@ class _Trial(lightning.Callback):
 
     def _fit(self, start: int) -> None:
         loader = DataLoader(_Steps(self.batches, start, self.config.train.steps), batch_size=None, collate_fn=lambda step: step)
-        several = self.gang.world_size > 1
-        trainer = lightning.Trainer(
-            accelerator="gpu" if self.gpu else "cpu",
-            devices=1,
-            num_nodes=self.gang.world_size,
-            strategy=GangStrategy(self.gang) if several else "auto",
-            plugins=None if several else [GangEnvironment(self.gang)],
-            precision="bf16-mixed" if self.config.train.precision == "bf16" else "32-true",
-            max_epochs=1,
-            callbacks=[self],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            num_sanity_val_steps=0,
-        )
+        trainer = make_trainer(self.gang, self.gpu, self.config.train.precision, [self])
         trainer.fit(self.module, loader)
 
     def _finish(self) -> TrialResult | None:

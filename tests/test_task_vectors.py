@@ -23,8 +23,9 @@ from lightning_modules.data.prepared import open_tasks, prepare
 from lightning_modules.data.tasks import TaskSpec, load_catalogues
 from lightning_modules.network.backbones import load_backbone
 from lightning_modules.network.experts import Bottleneck
+from lightning_modules.router_config import COMPUTED
 from lightning_modules.task_encoding import Effort, TaskEncoder, adapter_fisher, limited, mean_state, pooled, train_alone
-from lightning_modules.task_vectors import SOURCES, _cached, task_vectors
+from lightning_modules.task_vectors import _cached, task_vectors
 
 Make = Callable[..., TrialConfig]
 QUICK = Effort(examples=6, steps=3)
@@ -55,7 +56,7 @@ def root(prepared: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", COMPUTED)
 def test_standardised_deterministic_and_read_back_to_the_bit(
     source: str, make_trial: Make, root: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

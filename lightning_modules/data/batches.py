@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from lightning_modules.config import TrialConfig
+from lightning_modules.data.kinds import STRUCTURED
 from lightning_modules.data.mixtures import Schedule, subset
 from lightning_modules.data.prepared import TaskData, Windows
 from lightning_modules.data.splits import few_shot
 from lightning_modules.data.tasks import Split
 
-STRUCTURED = ("spans", "dependency", "constituency", "srl")
 SQUARE = 64
 """Tokens of a sentence up to which a structured kind is scored in batches of full size."""
 
@@ -219,10 +219,6 @@ class StepBatches:
     def sizes(self) -> list[int]:
         """Training examples of each task, 0 for one that is held out."""
         return [len(rows) if i in self.trained else 0 for i, rows in enumerate(self.rows)]
-
-    def tasks_of(self, step: int) -> list[int]:
-        """The numbers, ascending, of the tasks that the step holds over all ranks."""
-        return sorted({self.trained[group.task] for group in self.schedule.groups(step)})
 
     def totals(self, step: int) -> list[float]:
         """The weight of each of the T tasks in the step's loss, over all ranks; they sum to 1."""

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 KINDS = (
     "classification", "regression", "choice", "tagging", "spans", "dependency", "constituency", "srl", "text2text",
 )  # fmt: skip
+STRUCTURED = ("spans", "dependency", "constituency", "srl")
+"""Kinds whose answers are structures over words, scored from tables that grow with the square of the length."""
 LABELLED = ("classification", "tagging", "spans", "dependency", "constituency", "srl")
 """Kinds with a closed label set."""
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from lightning_modules.network.routers.record import Record, Routing
+    from lightning_modules.network.routers.record import Record
 
 EXAMPLES_KEPT = 512
 """Examples of each task at most, the first ones met, that the permutation null shuffles."""
@@ -24,11 +24,6 @@ DRAWS = 200
 """Permutations of the null."""
 MASKED = -1e30
 """A logit below this stands for an expert that cannot be chosen; it is no measure of the router's size."""
-
-
-def table_of(routing: "Routing") -> np.ndarray:
-    """The (T, E) table of a routing whose rows are the T tasks."""
-    return routing.weights.detach().float().cpu().numpy().astype(float)
 
 
 def utilisation(table: np.ndarray) -> np.ndarray:
@@ -94,19 +89,6 @@ def decompose(table: np.ndarray, entropies: np.ndarray) -> dict[str, float]:
     within = float(_entropies(table).mean())
     expert, residual = _entropy(table.mean(0)), float(entropies.mean())
     return {"h_expert": expert, "i_task": expert - within, "i_input": within - residual, "h_residual": residual}
-
-
-def measure_routing(routings: "Mapping[int, Routing]") -> dict[str, float]:
-    """``route/{layer}/{name}`` for every routed block, and ``route/nmi``, the mean over them; {} without routed blocks.
-
-    The rows of the routings are the tasks. Names: those of :func:`measure_table`.
-    """
-    values: dict[str, float] = {}
-    for layer, routing in routings.items():
-        values |= {f"route/{layer}/{name}": value for name, value in measure_table(table_of(routing)).items()}
-    if routings:
-        values["route/nmi"] = float(np.mean([values[f"route/{layer}/nmi"] for layer in routings]))
-    return values
 
 
 def measure_table(table: np.ndarray) -> dict[str, float]:

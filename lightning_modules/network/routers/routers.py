@@ -28,10 +28,8 @@ from lightning_modules.network.routers.selection import choose, expert_choice, l
 from lightning_modules.network.routers.task_networks import build_task_network
 from lightning_modules.network.routers.traffic import Traffic
 from lightning_modules.network.routers.vectors import TaskVectors
-from lightning_modules.router_config import RouterConfig
+from lightning_modules.router_config import BY_EXPERTS, RouterConfig
 from lightning_modules.seeds import derive
-
-BY_EXPERTS = ("expert_choice", "task_expert_choice")
 
 
 @dataclass(frozen=True)

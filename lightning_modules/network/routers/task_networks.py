@@ -11,6 +11,7 @@ Legend: R tasks asked for, T tasks, L routed blocks in ascending order, E expert
 h ``hidden_size``.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -78,7 +79,7 @@ class _Table(nn.Module):
         return {int(block): rows[task_ids].float() for block, rows in self.logits.items()}
 
 
-class _OverVectors(nn.Module):
+class _OverVectors(nn.Module, ABC):
     """A network over task vectors, in float32 under every precision."""
 
     def __init__(self, vectors: TaskVectors) -> None:
@@ -91,9 +92,9 @@ class _OverVectors(nn.Module):
         with torch.autocast(task_ids.device.type, enabled=False):
             return self.of_vectors(self._vectors[0](task_ids))
 
+    @abstractmethod
     def of_vectors(self, vectors: Tensor) -> dict[int, Tensor]:
         """(R, u) -> block -> (R, E)."""
-        raise NotImplementedError
 
 
 class _MLP(nn.Module):
